@@ -17,7 +17,7 @@ class ArchConfig:
     """Architecture of a model from scratch (model.init=scratch)."""
 
     type: Literal["llama", "gpt2", "gpt_neox", "qwen2"] = opt("llama", "model family")
-    hidden_size: int = opt(256, "width", ge=8)
+    hidden_size: int = opt(256, "width of the residual stream", ge=8)
     num_layers: int = opt(4, "transformer blocks", ge=1)
     num_heads: int = opt(4, "attention heads; divides hidden_size", ge=1)
     num_kv_heads: int | None = opt(None, "key/value heads (llama, qwen2); null = num_heads", ge=1)
@@ -119,7 +119,7 @@ class LoraConfig:
     """Low-rank adapters (arXiv 2106.09685)."""
 
     enabled: bool = opt(False, "train an adapter instead of the model")
-    r: int = opt(16, "rank", ge=1)
+    r: int = opt(16, "rank of the adapter matrices", ge=1)
     alpha: float = opt(32.0, "scale is alpha / r", gt=0)
     dropout: float = opt(0.0, "dropout in front of the adapter", ge=0, lt=1)
     target_modules: str | list[str] = opt("all-linear", "module names, or all-linear (every linear layer but the head)")
@@ -255,9 +255,14 @@ class DeepspeedConfig:
         "fp16",
         "gradient_clipping",
         "managed_gradient_accumulation",
+        "data_types",
         "prescale_gradients",
         "gradient_predivide_factor",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
     )
+    # Parts of ZeRO that keep optimizer state where our checkpoints do not look, or in another form.
+    UNSUPPORTED = ("zenflow", "elastic_checkpoint", "zeropp_loco_param")
 
     @property
     def zero_stage(self) -> int:
@@ -271,6 +276,22 @@ class DeepspeedConfig:
         stage = (self.json.get("zero_optimization") or {}).get("stage", 0)
         if stage not in (0, 1, 2, 3):
             yield Problem("json.zero_optimization.stage", f"is {stage!r}; allowed: 0, 1, 2, 3")
+        yield from self._check_zero(self.json.get("zero_optimization") or {}, stage)
+
+    def _check_zero(self, zero: dict[str, Any], stage: int) -> Iterator[Problem]:
+        for key in ("offload_optimizer", "offload_param"):
+            offload = zero.get(key) or {}
+            if offload.get("device", "none") not in ("none", "cpu"):
+                yield Problem(
+                    f"json.zero_optimization.{key}.device", f"is {offload['device']!r}; allowed: none, cpu (no nvme)"
+                )
+            if offload.get("super_offload") or offload.get("ratio", 1.0) != 1.0:
+                yield Problem(f"json.zero_optimization.{key}", "super_offload and ratio are not supported; remove them")
+        for key in self.UNSUPPORTED:
+            if zero.get(key):
+                yield Problem(f"json.zero_optimization.{key}", "is not supported; remove it")
+        if zero.get("overlap_comm") and stage in (0, 1):
+            yield Problem("json.zero_optimization.overlap_comm", f"needs stage 2 or 3, but stage is {stage}")
 
 
 @dataclass

@@ -96,13 +96,14 @@ def grad_accum_steps(global_batch_size: int, micro_batch_size: int, world_size: 
 
 class StageInfo(NamedTuple):
     """name: as typed; config: its dataclass; summary: one line; groups: config groups it is composed of;
-    module: the training module, named and not imported so that help stays fast."""
+    module: the training module, named and not imported so that help stays fast; examples: for the help page."""
 
     name: str
     config: type
     summary: str
     groups: tuple[str, ...]
     module: str
+    examples: tuple[str, ...]
 
 
 STAGES: dict[str, StageInfo] = {
@@ -112,5 +113,11 @@ STAGES: dict[str, StageInfo] = {
         "supervised fine-tuning: full, LoRA, QLoRA, partly frozen, LISA; also pre-training from scratch",
         ("model", "lora", "data", "optim", "deepspeed", "launch"),
         "rlhf_cli.stages.sft",
+        (
+            "rlhf sft conf=shakespeare_bpe data.path=tinyshakespeare.txt run_dir=runs/plays",
+            "rlhf sft conf=hh_rlhf_llama_7b model.path=/models/llama-7b data.path=data/hh_rlhf/sft optim.lr=1e-5",
+            "rlhf sft model.path=runs/plays data.path=mine.jsonl lora=r16 deepspeed=zero3 launch.num_processes=2",
+            "rlhf sft -m conf=my/own.yaml optim.lr=1e-5,3e-5",
+        ),
     ),
 }

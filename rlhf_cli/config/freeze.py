@@ -1,0 +1,116 @@
+"""The run directory before the ranks start: is it new, finished, to be continued, or somebody else's?"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TextIO
+
+import yaml
+
+from rlhf_cli.errors import ConfigError, Problem
+from rlhf_cli.rundir import read_manifest
+from rlhf_cli.schema import flatten
+
+# What may differ between the first start and the next, because it does not change the result (DESIGN section 3).
+MAY_DIFFER = (
+    "run_dir", "resume", "launch.", "logging.", "deepspeed.", "train.micro_batch_size", "train.save_every",
+    "train.keep_checkpoints", "data.cache_dir",
+)  # fmt: skip
+MAY_GROW = ("train.max_steps", "train.epochs")
+
+
+class Standing(NamedTuple):
+    """state: new | unfinished | finished; notes: what to tell the user."""
+
+    state: Literal["new", "unfinished", "finished"]
+    notes: list[str]
+
+
+def default_run_dir(stage: str, recipe: str | None, now: datetime | None = None) -> Path:
+    """runs/<stage>/<recipe>-<UTC time>."""
+    stamp = (now or datetime.now(timezone.utc)).strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / stage / (f"{recipe}-{stamp}" if recipe else stamp)
+
+
+def standing(run_dir: Path, values: dict[str, Any], resume: str) -> Standing:
+    """What a run directory means for this request.
+
+    Raises ConfigError when the directory holds something else, another config, or a run although resume=never.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError([Problem("run_dir", f"{run_dir} is a file")])
+    frozen_path = run_dir / "config.yaml"
+    if not frozen_path.is_file():
+        foreign = [p.name for p in run_dir.iterdir() if not p.name.startswith(".")] if run_dir.is_dir() else []
+        if foreign:
+            raise ConfigError(
+                [
+                    Problem(
+                        "run_dir",
+                        f"{run_dir} is no run directory and not empty"
+                        f" ({', '.join(sorted(foreign)[:3])} ...); name another",
+                    )
+                ]
+            )
+        return Standing("new", [])
+    if resume == "never":
+        raise ConfigError(
+            [Problem("run_dir", f"{run_dir} already holds a run; resume=auto continues it, or name another run_dir")]
+        )
+    old = yaml.safe_load(frozen_path.read_text(encoding="utf-8"))
+    notes = _differences(run_dir, old, values)
+    status = read_manifest(run_dir).get("status")
+    if status == "complete" and not notes:
+        return Standing("finished", [])
+    return Standing("unfinished", notes)
+
+
+def _differences(run_dir: Path, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    before, after = dict(flatten(old)), dict(flatten(new))
+    problems, notes = [], []
+    for key in sorted(before.keys() | after.keys()):
+        was, now = before.get(key), after.get(key)
+        if was == now or key.startswith(MAY_DIFFER):
+            continue
+        if key in MAY_GROW and _grows(was, now):
+            notes.append(f"{key} grows from {was} to {now}")
+            continue
+        problems.append(Problem(key, f"was {was!r} in this run, now {now!r}"))
+    if problems:
+        head = Problem(
+            "run_dir",
+            f"{run_dir} holds a run with another config; name another run_dir, or give these the values that they had:",
+        )
+        raise ConfigError([head, *problems])
+    return notes
+
+
+def _grows(was: Any, now: Any) -> bool:
+    return isinstance(was, int | float) and isinstance(now, int | float) and now > was
+
+
+def freeze(run_dir: Path, values: dict[str, Any]) -> Path:
+    """Write config.yaml, complete or not at all. Returns its path."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path, aside = run_dir / "config.yaml", run_dir / ".config.yaml.tmp"
+    aside.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    os.replace(aside, path)
+    return path
+
+
+def lock(run_dir: Path) -> TextIO:
+    """Keep other processes out of a run directory for as long as the returned file is open."""
+    file = (run_dir / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        raise ConfigError([Problem("run_dir", f"{run_dir} is in use by another rlhf process (pid {holder})")]) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file

@@ -1,0 +1,82 @@
+"""One run of a stage, from the words of a command line to an exit code: compose, check, freeze, launch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf_cli.config.compose import Composed, compose_stage
+from rlhf_cli.config.freeze import default_run_dir, freeze, lock, standing
+from rlhf_cli.config.requests import check_request
+from rlhf_cli.errors import EXIT_DONE, ConfigError
+from rlhf_cli.launch import run_job, visible_gpus, world_size
+from rlhf_cli.schema import build
+
+Echo = Callable[[str], None]
+
+
+class Outcome(NamedTuple):
+    """exit_code: as of the process; run_dir: where the run wrote."""
+
+    exit_code: int
+    run_dir: Path
+
+
+def checked(composed: Composed, *, weights_needed: bool = True) -> Any:
+    """The typed config, or ConfigError with every problem of the request together."""
+    problems = composed.problems + composed.unmet
+    if composed.config is not None:
+        ranks = world_size(composed.config.launch)
+        problems += check_request(composed.config, ranks, visible_gpus() > 0, weights_needed)
+    if problems:
+        raise ConfigError(problems)
+    return composed.config
+
+
+def run(stage: str, words: list[str], echo: Echo, run_dir: Path | None = None) -> Outcome:
+    """Run a stage to its end.
+
+    words: the command line after the stage. run_dir: overrides the config's (sweeps).
+    Raises ConfigError when the request is wrong; nothing was started then.
+    """
+    composed = compose_stage(stage, words)
+    config = checked(composed)
+    return start(stage, composed.values, config, composed.recipe, echo, run_dir)
+
+
+def start(
+    stage: str, values: dict[str, Any], config: Any, recipe: str | None, echo: Echo, run_dir: Path | None = None
+) -> Outcome:
+    """Freeze a checked config and start its ranks; a finished run of the same config is left alone."""
+    where = run_dir or (Path(config.run_dir).expanduser() if config.run_dir else default_run_dir(stage, recipe))
+    values = {**values, "run_dir": str(where)}
+    found = standing(where, values, config.resume)
+    if found.state == "finished":
+        echo(f"{where}: finished already, nothing to do (another run_dir= runs it again)")
+        return Outcome(EXIT_DONE, where)
+    for note in found.notes:
+        echo(f"{where}: {note}")
+    where.mkdir(parents=True, exist_ok=True)
+    with lock(where):
+        frozen = freeze(where, values)
+        result = run_job(frozen, where, build(type(config), values).launch, echo)
+    return Outcome(result.exit_code, where)
+
+
+def dry_run(stage: str, words: list[str], echo: Echo) -> int:
+    """Check everything, open the data and the model, estimate steps and memory; start and write nothing."""
+    composed = compose_stage(stage, words)
+    config = checked(composed, weights_needed=False)
+    where = Path(config.run_dir).expanduser() if config.run_dir else default_run_dir(stage, composed.recipe)
+    values = {**composed.values, "run_dir": str(where)}
+    found = standing(where, values, config.resume)
+    echo(f"run_dir: {where} ({found.state})")
+    with tempfile.TemporaryDirectory() as scratch:
+        frozen = freeze(Path(scratch), values)
+        command = [sys.executable, "-m", "rlhf_cli.worker", str(frozen), "--dry-run", str(world_size(config.launch))]
+        return subprocess.run(command, env={**os.environ, "TOKENIZERS_PARALLELISM": "true"}, check=False).returncode

@@ -1,0 +1,263 @@
+"""The supervised loop that sft, rm and raft share: steps, metrics, evaluation, checkpoints, stops.
+
+A step is a pure function of its number: which rows, in which order, at which learning rate. So a checkpoint needs the
+step, the engine's state and every rank's RNG, and a resumed run repeats the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+
+import torch
+
+from rlhf_cli.errors import RunFailed
+from rlhf_cli.ops.schedule import learning_rate
+from rlhf_cli.runtime.distributed import Ranks, sum_over_ranks
+from rlhf_cli.runtime.engine import Engine
+from rlhf_cli.runtime.metrics import MetricsLog
+from rlhf_cli.runtime.process import StopWatch
+from rlhf_cli.runtime.progress import Display
+from rlhf_cli.schema import OptimConfig, TrainConfig
+
+BatchT = TypeVar("BatchT")
+
+
+class Micro(NamedTuple):
+    """One forward pass. loss_sum: scalar, not yet divided; sums: counted over ranks and logged as sum / normaliser."""
+
+    loss_sum: torch.Tensor
+    sums: dict[str, torch.Tensor]
+
+
+class StepData(NamedTuple, Generic[BatchT]):
+    """What one optimizer step trains on.
+
+    micro_batches: this rank's; as many on every rank. normaliser: loss terms of the whole step over all ranks, the
+    denominator of the loss. tokens, samples: of the whole step over all ranks.
+    """
+
+    micro_batches: Sequence[BatchT]
+    normaliser: float
+    tokens: int
+    samples: int
+
+
+class Objective(Protocol[BatchT]):
+    """What a stage brings to the loop."""
+
+    def step_data(self, step: int) -> StepData[BatchT]:
+        """Rows of step `step` (0 is the first) as this rank's micro-batches."""
+
+    def forward(self, engine: Engine, batch: BatchT) -> Micro:
+        """Loss of one micro-batch."""
+
+    def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
+        """Figures after `step` steps, names beginning with eval_, the same on every rank; {} without evaluation data."""
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data after `step` steps."""
+
+
+@dataclass
+class LoopState:
+    """Everything of the loop that a checkpoint keeps beside engine and RNG."""
+
+    step: int = 0
+    tokens: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    last_eval: dict[str, float] = field(default_factory=dict)
+    last_eval_step: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able; LoopState(**d) brings it back."""
+        return asdict(self)
+
+
+@dataclass
+class Hooks:
+    """What the loop calls at its turning points. All ranks call all of them.
+
+    engine_for: the engine to train step `step` with (LISA makes a new one when other layers are drawn).
+    save_checkpoint: write resumable state. save_best: write the weights of the best evaluation so far.
+    """
+
+    engine_for: Callable[[Engine, int], Engine]
+    save_checkpoint: Callable[[Engine, LoopState], None]
+    save_best: Callable[[Engine, int], None]
+
+
+@dataclass
+class Trackers:
+    """log and display: None on other ranks than 0. flops_per_token and peak_flops: for perf/mfu."""
+
+    log: MetricsLog | None
+    display: Display | None
+    flops_per_token: float
+    peak_flops: float
+
+
+Ending = Literal["finished", "early_stopped", "interrupted"]
+
+
+def train(
+    engine: Engine,
+    objective: Objective[Any],
+    state: LoopState,
+    total_steps: int,
+    train: TrainConfig,
+    optim: OptimConfig,
+    ranks: Ranks,
+    watch: StopWatch,
+    trackers: Trackers,
+    hooks: Hooks,
+) -> tuple[Engine, Ending]:
+    """Train from state.step to total_steps.
+
+    Returns the engine that was used last and how it ended. When interrupted, a checkpoint has been written.
+    Raises RunFailed when the loss or the gradient is no longer a number.
+    """
+    if trackers.display is not None:
+        trackers.display.start(state.step, total_steps)
+    window = _Window()
+    while state.step < total_steps:
+        if stopped_early(state, train):
+            return engine, "early_stopped"
+        engine = hooks.engine_for(engine, state.step)
+        began = time.monotonic()
+        line, stop = _one_step(engine, objective, state, total_steps, optim, ranks, watch)
+        state.seconds += time.monotonic() - began
+        window.add(line["step_tokens"], line["step_samples"], time.monotonic() - began)
+        last = state.step == total_steps
+        due = train.eval_every > 0 and state.step % train.eval_every == 0
+        if (due or last) and not stop:
+            began = time.monotonic()
+            _evaluate(engine, objective, state, train, hooks)
+            line |= state.last_eval
+            state.seconds += time.monotonic() - began
+        _show(state, line, window, train, trackers, ranks, force=due or last)
+        if stop and not last:
+            hooks.save_checkpoint(engine, state)
+            return engine, "interrupted"
+        if train.save_every > 0 and (state.step % train.save_every == 0 or last):
+            hooks.save_checkpoint(engine, state)
+    return engine, "finished"
+
+
+def stopped_early(state: LoopState, train: TrainConfig) -> bool:
+    """Whether the evaluation has not improved for `patience` evaluations."""
+    patience = train.early_stopping.patience
+    return 0 < patience <= state.evaluations_without_gain
+
+
+def _one_step(
+    engine: Engine,
+    objective: Objective[Any],
+    state: LoopState,
+    total_steps: int,
+    optim: OptimConfig,
+    ranks: Ranks,
+    watch: StopWatch,
+) -> tuple[dict[str, Any], bool]:
+    data = objective.step_data(state.step)
+    sums: dict[str, torch.Tensor] = {}
+    for batch in data.micro_batches:
+        micro = objective.forward(engine, batch)
+        engine.backward(micro.loss_sum / data.normaliser)
+        for name, value in [("loss", micro.loss_sum), *micro.sums.items()]:
+            sums[name] = sums.get(name, torch.zeros((), device=ranks.device)) + value.detach().float()
+    lr = learning_rate(optim, state.step, total_steps)
+    grad_norm = engine.step(lr)
+    names = sorted(sums)
+    # One collective for all figures, and for whether any rank was told to stop.
+    totals = sum_over_ranks(
+        torch.stack([*(sums[n] for n in names), torch.tensor(float(watch.requested), device=ranks.device)])
+    )
+    means = {n: t / data.normaliser for n, t in zip(names, totals.tolist(), strict=False)}
+    state.step += 1
+    state.tokens += data.tokens
+    state.samples += data.samples
+    if not math.isfinite(means["loss"]) or (not math.isfinite(grad_norm) and not engine.skipped):
+        raise RunFailed(
+            f"step {state.step}: loss {means['loss']}, gradient norm {grad_norm}: no longer a number. Weights of this step"
+            " are not saved; the newest checkpoint is kept. Lower optim.lr, use model.dtype=bf16 or fp32, or look at the data."
+        )
+    line = {
+        "step": state.step, "epoch": round(objective.epoch(state.step), 6), "loss": means.pop("loss"), **means,
+        "grad_norm": grad_norm, "learning_rate": lr, "tokens": state.tokens, "num_tokens": state.tokens,
+        "samples": state.samples, "step_tokens": data.tokens, "step_samples": data.samples,
+    }  # fmt: skip
+    if engine.skipped:
+        line["skipped"] = 1
+    return line, totals[-1].item() > 0
+
+
+def _evaluate(engine: Engine, objective: Objective[Any], state: LoopState, train: TrainConfig, hooks: Hooks) -> None:
+    figures = objective.evaluate(engine, state.step)
+    state.last_eval, state.last_eval_step = figures, state.step
+    if "eval_loss" not in figures:
+        return
+    if state.best_loss is None or figures["eval_loss"] < state.best_loss - train.early_stopping.min_delta:
+        state.best_loss, state.best_step, state.evaluations_without_gain = figures["eval_loss"], state.step, 0
+        if train.early_stopping.patience:
+            hooks.save_best(engine, state.step)
+    else:
+        state.evaluations_without_gain += 1
+
+
+class _Window:
+    """Throughput since the last line."""
+
+    def __init__(self) -> None:
+        self.tokens, self.samples, self.seconds = 0, 0, 0.0
+
+    def add(self, tokens: int, samples: int, seconds: float) -> None:
+        self.tokens += tokens
+        self.samples += samples
+        self.seconds += seconds
+
+
+def _show(
+    state: LoopState,
+    line: dict[str, Any],
+    window: _Window,
+    train: TrainConfig,
+    trackers: Trackers,
+    ranks: Ranks,
+    force: bool,
+) -> None:
+    line.pop("step_tokens")
+    line.pop("step_samples")
+    speed = window.tokens / max(window.seconds, 1e-9)
+    if trackers.display is not None:
+        figures = {"loss": f"{line['loss']:.4f}"}
+        if "eval_loss" in line:
+            trackers.display.say(
+                f"step {state.step}: " + "  ".join(f"{k} {v:.4f}" for k, v in line.items() if k.startswith("eval_"))
+            )
+        trackers.display.step(state.step, figures | {"tokens/s": f"{speed:,.0f}"})
+    if trackers.log is None or not (state.step % train.log_every == 0 or force):
+        return
+    line["seconds"] = round(state.seconds, 3)
+    line["perf/tokens_per_s"] = speed
+    line["perf/samples_per_s"] = window.samples / max(window.seconds, 1e-9)
+    line["perf/mfu"] = speed * trackers.flops_per_token / (trackers.peak_flops * ranks.world_size)
+    line["perf/peak_memory_gb"] = peak_memory_gb(ranks.device)
+    trackers.log.write(line)
+    window.__init__()  # type: ignore[misc]
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory this rank ever held: allocated on its GPU, or resident on CPU. In GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

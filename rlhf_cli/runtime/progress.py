@@ -1,0 +1,68 @@
+"""What a person sees while a run goes on: a bar in a terminal, lines elsewhere. Rank 0 only."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+LINE_SECONDS = 10.0  # between two lines when there is no bar
+
+
+class Display:
+    """Shows steps, and prints what is said in between without breaking the bar."""
+
+    def __init__(self, terminal: TextIO, mode: Literal["auto", "bar", "lines", "none"], title: str):
+        self.console = Console(file=terminal, highlight=False, soft_wrap=True)
+        if mode == "auto":
+            mode = "bar" if terminal.isatty() else "lines"
+        self.mode, self.title = mode, title
+        self._bar: Progress | None = None
+        self._last_line = 0.0
+
+    def start(self, done: int, total: int) -> None:
+        """Begin at step `done` of `total`."""
+        self._started, self._start_step, self._total = time.monotonic(), done, total
+        if self.mode == "bar":
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("{task.fields[figures]}"), console=self.console, transient=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task(self.title, total=total, completed=done, figures="")
+            self._bar.start()
+
+    def step(self, done: int, figures: dict[str, str]) -> None:
+        """Show that `done` steps are behind us, with figures such as {"loss": "3.214"}."""
+        text = "  ".join(f"{k} {v}" for k, v in figures.items())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, figures=f"{text}  left {self._left(done)}")
+        elif self.mode == "lines":
+            now = time.monotonic()
+            if now - self._last_line >= LINE_SECONDS or done in (self._start_step + 1, self._total):
+                self._last_line = now
+                self.say(f"{self.title} step {done}/{self._total}  {text}  left {self._left(done)}")
+
+    def _left(self, done: int) -> str:
+        ran = done - self._start_step
+        seconds = (time.monotonic() - self._started) / max(1, ran) * (self._total - done)
+        return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(text, markup=False)
+
+    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
+        """A two-column summary."""
+        table = Table(title=title, show_header=False, title_justify="left")
+        for name, value in rows:
+            table.add_row(name, value)
+        self.console.print(table)
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,81 @@
+"""`-m optim.lr=1e-5,3e-5`: one run after the other, a table at the end (Hydra's grammar, Hydra's own splitting)."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from rlhf_cli import job
+from rlhf_cli.config.compose import compose_stage
+from rlhf_cli.errors import EXIT_DONE, EXIT_FAILED, ConfigError, Problem, RlhfError
+from rlhf_cli.rundir import read_manifest
+
+
+def split(words: list[str]) -> list[list[str]]:
+    """Every combination of the swept values, each as the words of one run."""
+    fixed = [w for w in words if w.startswith("conf=")]
+    try:
+        overrides = OverridesParser.create().parse_overrides([w for w in words if not w.startswith("conf=")])
+        (batch,) = BasicSweeper.split_arguments(overrides, None)
+    except HydraException as error:
+        raise ConfigError([Problem("", f"the sweep cannot be read: {str(error).splitlines()[0]}")]) from None
+    return [fixed + list(run) for run in batch]
+
+
+def run_sweep(stage: str, words: list[str], echo: job.Echo) -> int:
+    """Run every combination. A failed run does not stop the others; the exit code is that of the worst.
+
+    All combinations are checked before the first one starts. The table is also written to sweep.jsonl.
+    """
+    given = [w for w in words if w.startswith("run_dir=")]
+    words = [w for w in words if w not in given]
+    runs = split(words)
+    swept = [i for i in range(len(runs[0])) if len({r[i] for r in runs}) > 1]
+    for run in runs:
+        job.checked(compose_stage(stage, run))
+    base = Path(given[0].removeprefix("run_dir=")) if given else _default_base(stage)
+    rows: list[dict[str, Any]] = []
+    worst = EXIT_DONE
+    for number, run in enumerate(runs):
+        label = " ".join(run[i] for i in swept)
+        where = base / (re.sub(r"[^\w.=-]+", "_", "_".join(run[i] for i in swept)) or "run")
+        echo(f"sweep {number + 1}/{len(runs)}: {label}")
+        try:
+            code = job.run(stage, run, echo, run_dir=where).exit_code
+        except RlhfError as error:
+            echo(f"error: {error}")
+            code = error.exit_code
+        rows.append({"run": label, "run_dir": str(where), "exit_code": code, "metrics": _metrics(where)})
+        worst = max(worst, EXIT_FAILED if code else EXIT_DONE)
+        base.mkdir(parents=True, exist_ok=True)
+        (base / "sweep.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+        if code > 128:
+            return code
+    echo(_table(rows))
+    return worst
+
+
+def _default_base(stage: str) -> Path:
+    return Path("runs") / stage / datetime.now(timezone.utc).strftime("sweep-%Y%m%d-%H%M%S")
+
+
+def _metrics(run_dir: Path) -> dict[str, Any]:
+    return {k: v for k, v in (read_manifest(run_dir).get("metrics") or {}).items() if isinstance(v, int | float)}
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    wanted = ("eval_loss", "loss", "eval_accuracy", "eval_perplexity")
+    names = [n for n in wanted if any(n in r["metrics"] for r in rows)]
+    width = max(len(r["run"]) for r in rows)
+    lines = [" ".join([f"{'run':<{width}}", *(f"{n:>16}" for n in names), "  exit"])]
+    for row in rows:
+        cells = [f"{row['metrics'][n]:>16.4f}" if n in row["metrics"] else f"{'-':>16}" for n in names]
+        lines.append(" ".join([f"{row['run']:<{width}}", *cells, f"{row['exit_code']:>6}"]))
+    return "\n".join(lines)
