@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from rlhf_cli.config.compose import Composed, compose_stage
 from rlhf_cli.config.freeze import default_run_dir, freeze, lock, standing
 from rlhf_cli.config.requests import check_request
-from rlhf_cli.errors import EXIT_DONE, ConfigError
+from rlhf_cli.errors import EXIT_DONE, ConfigError, Problem
 from rlhf_cli.launch import run_job, visible_gpus, world_size
 from rlhf_cli.schema import build
 
@@ -27,12 +27,16 @@ class Outcome(NamedTuple):
     run_dir: Path
 
 
+def request_problems(config: Any, *, weights_needed: bool = True) -> list[Problem]:
+    """What is wrong with a typed config on this machine: files, batch arithmetic, missing GPUs."""
+    return list(check_request(config, world_size(config.launch), visible_gpus() > 0, weights_needed))
+
+
 def checked(composed: Composed, *, weights_needed: bool = True) -> Any:
     """The typed config, or ConfigError with every problem of the request together."""
     problems = composed.problems + composed.unmet
     if composed.config is not None:
-        ranks = world_size(composed.config.launch)
-        problems += check_request(composed.config, ranks, visible_gpus() > 0, weights_needed)
+        problems += request_problems(composed.config, weights_needed=weights_needed)
     if problems:
         raise ConfigError(problems)
     return composed.config

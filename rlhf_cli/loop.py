@@ -19,7 +19,7 @@ from rlhf_cli.ops.schedule import learning_rate
 from rlhf_cli.runtime.distributed import Ranks, sum_over_ranks
 from rlhf_cli.runtime.engine import Engine
 from rlhf_cli.runtime.metrics import MetricsLog
-from rlhf_cli.runtime.process import StopWatch
+from rlhf_cli.runtime.stop import StopWatch
 from rlhf_cli.runtime.progress import Display
 from rlhf_cli.schema import OptimConfig, TrainConfig
 
@@ -74,7 +74,7 @@ class LoopState:
     best_step: int | None = None
     evaluations_without_gain: int = 0
     last_eval: dict[str, float] = field(default_factory=dict)
-    last_eval_step: int | None = None
+    data_digest: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able; LoopState(**d) brings it back."""
@@ -201,7 +201,7 @@ def _one_step(
 
 def _evaluate(engine: Engine, objective: Objective[Any], state: LoopState, train: TrainConfig, hooks: Hooks) -> None:
     figures = objective.evaluate(engine, state.step)
-    state.last_eval, state.last_eval_step = figures, state.step
+    state.last_eval = figures
     if "eval_loss" not in figures:
         return
     if state.best_loss is None or figures["eval_loss"] < state.best_loss - train.early_stopping.min_delta:

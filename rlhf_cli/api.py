@@ -1,0 +1,49 @@
+"""The stages from Python: `sft(compose("sft", ["conf=shakespeare_bpe", "data.path=plays.txt"]))`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli import job
+from rlhf_cli.config.compose import compose_stage
+from rlhf_cli.errors import ConfigError, RunFailed
+from rlhf_cli.rundir import read_manifest
+from rlhf_cli.schema import SftConfig, build, to_dict
+
+
+def compose(stage: str, overrides: list[str]) -> Any:
+    """The typed config that `rlhf STAGE *overrides` would run with (conf=... included).
+
+    Raises ConfigError with all problems. Options may be set on the result before it is given to a stage.
+    """
+    composed = compose_stage(stage, overrides)
+    if composed.problems or composed.unmet:
+        raise ConfigError(composed.problems + composed.unmet)
+    return composed.config
+
+
+def sft(config: SftConfig) -> Path:
+    """Supervised fine-tuning, in processes of its own as on the command line. Returns the run directory.
+
+    Raises ConfigError when the request is wrong, RunFailed when the run broke.
+    """
+    return _run("sft", config)
+
+
+def metrics(run_dir: Path | str) -> dict[str, float]:
+    """The final figures of a finished run."""
+    return read_manifest(Path(run_dir)).get("metrics") or {}
+
+
+def _run(stage: str, config: Any) -> Path:
+    values = to_dict(config)
+    checked = build(type(config), values)
+    problems = job.request_problems(checked)
+    if problems:
+        raise ConfigError(problems)
+    outcome = job.start(stage, values, checked, None, lambda text: print(text, file=sys.stderr))
+    if outcome.exit_code:
+        raise RunFailed(f"`rlhf {stage}` ended with exit code {outcome.exit_code}; see {outcome.run_dir}/logs")
+    return outcome.run_dir

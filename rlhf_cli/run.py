@@ -1,0 +1,163 @@
+"""What every trained stage does around its loop: join the ranks, show, keep the manifest, save, resume, end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlhf_cli.errors import CheckpointError
+from rlhf_cli.files import directory_aside
+from rlhf_cli.loop import LoopState
+from rlhf_cli.runtime import checkpoint, engine_state, manifest
+from rlhf_cli.runtime.distributed import Ranks, barrier, broadcast_object, init, shutdown
+from rlhf_cli.runtime.engine import Engine, gathered_state_dict, param_groups
+from rlhf_cli.runtime.process import RankProcess
+from rlhf_cli.runtime.progress import Display
+from rlhf_cli.runtime.seed import seed_everything
+from rlhf_cli.schema import to_dict
+
+OPTIMIZER, WEIGHTS = "optimizer", "weights"  # directories in a checkpoint
+
+
+@dataclass
+class Run:
+    """A stage at work in this rank. display: None on other ranks than 0."""
+
+    config: Any
+    run_dir: Path
+    ranks: Ranks
+    process: RankProcess
+    display: Display | None
+
+    def say(self, text: str) -> None:
+        """A line for the user, from rank 0."""
+        if self.display is not None:
+            self.display.say(text)
+
+    def update_manifest(self, **changes: Any) -> None:
+        """Change manifest.json, from rank 0."""
+        if self.ranks.is_main:
+            manifest.update(self.run_dir, **changes)
+
+
+def open_run(config: Any, run_dir: Path, process: RankProcess) -> Run:
+    """Join the other ranks, seed this one, and start the manifest."""
+    ranks = init(config.launch.timeout)
+    seed_everything(config.train.seed, ranks.rank)
+    display = Display(process.terminal, config.logging.progress, config.stage) if ranks.is_main else None
+    if ranks.is_main:
+        manifest.begin(run_dir, config.stage, to_dict(config), ranks.world_size)
+    return Run(config, run_dir, ranks, process, display)
+
+
+def close_run(run: Run, **changes: Any) -> None:
+    """Write the last word into the manifest and leave the process group."""
+    if run.display is not None:
+        run.display.stop()
+    barrier()
+    run.update_manifest(**changes)
+    shutdown()
+
+
+class Checkpoints:
+    """Resumable state of a run: optimizer (with master weights), loop state, every rank's RNG.
+
+    whole_weights: also keep all weights, because parameters that are frozen now may have been trained before (LISA).
+    """
+
+    def __init__(self, run: Run, whole_weights: bool):
+        self.run, self.whole_weights = run, whole_weights
+
+    def save(self, engine: Engine, state: LoopState) -> None:
+        """Write checkpoints/step_...; all ranks call it."""
+        run = self.run
+        writers: dict[str, checkpoint.Writer] = {OPTIMIZER: lambda d: engine_state.export_state(engine, d)}
+        needed = engine_state.state_bytes(engine)
+        if self.whole_weights:
+            writers[WEIGHTS] = lambda d: _save_weights(engine, d)
+            needed += 4 * sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+        keep = run.config.train.keep_checkpoints
+        checkpoint.save(run.run_dir, state.step, run.ranks, writers, state.as_dict(), keep, needed)
+        if run.ranks.is_main:
+            _prune_best(run.run_dir, state.best_step)
+
+    def newest(self) -> tuple[Path, LoopState] | None:
+        """The newest undamaged checkpoint and its loop state, the same answer on every rank."""
+        run = self.run
+        path = broadcast_object(checkpoint.newest_valid(run.run_dir, run.say) if run.ranks.is_main else None)
+        if path is None:
+            return None
+        saved = json.loads((path / checkpoint.LOOP_STATE).read_text(encoding="utf-8"))
+        return path, LoopState(**saved["loop"])
+
+    def load_weights(self, path: Path, model: torch.nn.Module) -> None:
+        """Put whole weights into a model that is not under an engine yet."""
+        file = path / WEIGHTS / "weights.safetensors"
+        if not file.is_file():
+            raise CheckpointError(f"{path} has no weights; it was written by a run that trained other parameters")
+        model.load_state_dict(load_file(file), strict=False)
+
+    def load(self, path: Path, engine: Engine) -> None:
+        """Put the optimizer state and this rank's RNG back."""
+        readers = {OPTIMIZER: lambda d: engine_state.import_state(engine, d)}
+        loaded = checkpoint.load(path, readers, self.run.ranks, self.run.config.train.seed)
+        again = "" if loaded.rng_restored else "; on another number of ranks, so dropout is drawn anew"
+        self.run.say(f"resumed from {path.name}{again}")
+
+    def groups(self, model: torch.nn.Module, path: Path | None) -> list[dict[str, Any]]:
+        """Parameter groups for a new engine, or for one that continues from a checkpoint."""
+        steps = engine_state.saved_steps(path / OPTIMIZER) if path else None
+        return param_groups(model, self.run.config.optim.weight_decay, steps)
+
+
+def best_dir(run_dir: Path, step: int) -> Path:
+    """Where the weights of the best evaluation are kept while the run goes on."""
+    return run_dir / "checkpoints" / f"best_{step:08d}"
+
+
+def save_best(run: Run, engine: Engine, step: int, only_trainable: bool) -> None:
+    """Keep the weights of this step aside. Older bests go when a checkpoint knows the new one."""
+    weights = gathered_state_dict(engine, only_trainable=only_trainable)
+    if run.ranks.is_main:
+        with directory_aside(best_dir(run.run_dir, step)) as aside:
+            save_file(_untied(weights), aside / "weights.safetensors")
+    barrier()
+
+
+def load_best(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """What save_best kept."""
+    return load_file(best_dir(run_dir, step) / "weights.safetensors")
+
+
+def remove_best(run_dir: Path) -> None:
+    """After the end nothing needs them: model/ holds the best weights."""
+    _prune_best(run_dir, None)
+
+
+def _prune_best(run_dir: Path, keep_step: int | None) -> None:
+    for path in (run_dir / "checkpoints").glob("best_*"):
+        if keep_step is None or path != best_dir(run_dir, keep_step):
+            shutil.rmtree(path)
+
+
+def _save_weights(engine: Engine, directory: Path) -> None:
+    weights = gathered_state_dict(engine)
+    if engine.ranks.is_main:
+        save_file(_untied(weights), directory / "weights.safetensors")
+
+
+def _untied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each tensor once: names that share one (tied embeddings) come back through the model's own tying."""
+    seen: set[int] = set()
+    once = {}
+    for name, tensor in weights.items():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            once[name] = tensor
+    return once
