@@ -6,6 +6,7 @@ import dataclasses
 import json
 import textwrap
 import typing
+from typing import Any
 
 from rlhf_cli import __version__
 from rlhf_cli.config.tree import options, recipes
@@ -75,15 +76,17 @@ def option_lines(config: type) -> list[str]:
     return lines
 
 
-def describe_option(hint: object, field: dataclasses.Field) -> str:  # type: ignore[type-arg]
+def describe_option(hint: object, field: dataclasses.Field[Any]) -> str:
     """Allowed values and default: "number > 0, default 2e-05"."""
     limits = describe_limits(field.metadata["limits"])
     return f"{describe_type(hint)}{' ' + limits if limits else ''}, default {default_text(field)}"
 
 
-def default_text(field: dataclasses.Field) -> str:  # type: ignore[type-arg]
+def default_text(field: dataclasses.Field[Any]) -> str:
     """A default as it would be typed."""
-    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
     if default is None or isinstance(default, bool):
         return json.dumps(default)
     return str(default)

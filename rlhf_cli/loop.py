@@ -19,8 +19,8 @@ from rlhf_cli.ops.schedule import learning_rate
 from rlhf_cli.runtime.distributed import Ranks, sum_over_ranks
 from rlhf_cli.runtime.engine import Engine
 from rlhf_cli.runtime.metrics import MetricsLog
-from rlhf_cli.runtime.stop import StopWatch
 from rlhf_cli.runtime.progress import Display
+from rlhf_cli.runtime.stop import StopWatch
 from rlhf_cli.schema import OptimConfig, TrainConfig
 
 BatchT = TypeVar("BatchT")
@@ -56,7 +56,7 @@ class Objective(Protocol[BatchT]):
         """Loss of one micro-batch."""
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
-        """Figures after `step` steps, names beginning with eval_, the same on every rank; {} without evaluation data."""
+        """Figures after `step` steps, named eval_..., the same on every rank; {} without evaluation data."""
 
     def epoch(self, step: int) -> float:
         """Passes over the data after `step` steps."""
@@ -104,26 +104,33 @@ class Trackers:
     peak_flops: float
 
 
+class Work(NamedTuple):
+    """What is to be trained, how long, and how."""
+
+    objective: Objective[Any]
+    total_steps: int
+    train: TrainConfig
+    optim: OptimConfig
+
+
 Ending = Literal["finished", "early_stopped", "interrupted"]
 
 
 def train(
     engine: Engine,
-    objective: Objective[Any],
+    work: Work,
     state: LoopState,
-    total_steps: int,
-    train: TrainConfig,
-    optim: OptimConfig,
     ranks: Ranks,
     watch: StopWatch,
     trackers: Trackers,
     hooks: Hooks,
 ) -> tuple[Engine, Ending]:
-    """Train from state.step to total_steps.
+    """Train from state.step to work.total_steps.
 
     Returns the engine that was used last and how it ended. When interrupted, a checkpoint has been written.
     Raises RunFailed when the loss or the gradient is no longer a number.
     """
+    train, total_steps = work.train, work.total_steps
     if trackers.display is not None:
         trackers.display.start(state.step, total_steps)
     window = _Window()
@@ -132,14 +139,14 @@ def train(
             return engine, "early_stopped"
         engine = hooks.engine_for(engine, state.step)
         began = time.monotonic()
-        line, stop = _one_step(engine, objective, state, total_steps, optim, ranks, watch)
+        line, stop = _one_step(engine, work, state, ranks, watch)
         state.seconds += time.monotonic() - began
         window.add(line["step_tokens"], line["step_samples"], time.monotonic() - began)
         last = state.step == total_steps
         due = train.eval_every > 0 and state.step % train.eval_every == 0
         if (due or last) and not stop:
             began = time.monotonic()
-            _evaluate(engine, objective, state, train, hooks)
+            _evaluate(engine, work.objective, state, train, hooks)
             line |= state.last_eval
             state.seconds += time.monotonic() - began
         _show(state, line, window, train, trackers, ranks, force=due or last)
@@ -158,14 +165,9 @@ def stopped_early(state: LoopState, train: TrainConfig) -> bool:
 
 
 def _one_step(
-    engine: Engine,
-    objective: Objective[Any],
-    state: LoopState,
-    total_steps: int,
-    optim: OptimConfig,
-    ranks: Ranks,
-    watch: StopWatch,
+    engine: Engine, work: Work, state: LoopState, ranks: Ranks, watch: StopWatch
 ) -> tuple[dict[str, Any], bool]:
+    objective = work.objective
     data = objective.step_data(state.step)
     sums: dict[str, torch.Tensor] = {}
     for batch in data.micro_batches:
@@ -173,7 +175,7 @@ def _one_step(
         engine.backward(micro.loss_sum / data.normaliser)
         for name, value in [("loss", micro.loss_sum), *micro.sums.items()]:
             sums[name] = sums.get(name, torch.zeros((), device=ranks.device)) + value.detach().float()
-    lr = learning_rate(optim, state.step, total_steps)
+    lr = learning_rate(work.optim, state.step, work.total_steps)
     grad_norm = engine.step(lr)
     names = sorted(sums)
     # One collective for all figures, and for whether any rank was told to stop.
@@ -186,8 +188,9 @@ def _one_step(
     state.samples += data.samples
     if not math.isfinite(means["loss"]) or (not math.isfinite(grad_norm) and not engine.skipped):
         raise RunFailed(
-            f"step {state.step}: loss {means['loss']}, gradient norm {grad_norm}: no longer a number. Weights of this step"
-            " are not saved; the newest checkpoint is kept. Lower optim.lr, use model.dtype=bf16 or fp32, or look at the data."
+            f"step {state.step}: loss {means['loss']}, gradient norm {grad_norm}: no longer a number."
+            " The newest checkpoint before it is kept. Lower optim.lr, use model.dtype=bf16 or fp32, or look at the"
+            " data of this step."
         )
     line = {
         "step": state.step, "epoch": round(objective.epoch(state.step), 6), "loss": means.pop("loss"), **means,

@@ -6,6 +6,7 @@ With `--dry-run N` it is the one process that opens data and model for an estima
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def _run(module: str, config_class: type, config_path: Path) -> int:
 
 
 def _dry_run(module: str, config: Any, world_size: int) -> int:
+    logging.disable(logging.WARNING)  # libraries' remarks have no log to go to here
     try:
         importlib.import_module(module).dry_run(config, world_size)
     except RlhfError as error:

@@ -9,13 +9,15 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "rlhf_cli"
 
-# Each layer may import the ones it names, and itself. Both columns share errors, schema and rundir.
-BOTH = {"errors", "schema", "rundir"}
+# Each layer may import the ones it names, and itself. Both columns share the first few.
+BOTH = {"errors", "schema", "rundir", "files", "jobfiles"}
 ALLOWED = {
     "__init__": set(),
     "errors": set(),
     "schema": {"errors"},
     "rundir": {"errors"},
+    "files": set(),
+    "jobfiles": set(),
     # front: never imports torch
     "config": BOTH,
     "launch": BOTH,
@@ -30,11 +32,14 @@ ALLOWED = {
     "data": BOTH | {"ops"},
     "models": BOTH | {"ops"},
     "runtime": BOTH | {"ops", "__init__"},
-    "loop": BOTH | {"ops", "data", "models", "runtime"},
-    "stages": BOTH | {"ops", "data", "models", "runtime", "loop"},
+    "estimate": BOTH | {"ops", "data", "models"},
+    "loop": BOTH | {"ops", "runtime"},
+    "run": BOTH | {"runtime", "loop"},
+    "assemble": BOTH | {"data", "models", "runtime", "loop", "run"},
+    "stages": BOTH | {"ops", "data", "models", "runtime", "loop", "run", "assemble", "estimate"},
     "worker": BOTH | {"stages", "runtime"},
 }
-FRONT = {"errors", "schema", "rundir", "config", "launch", "job", "sweep", "help", "cli", "api", "__main__", "__init__"}
+FRONT = BOTH | {"config", "launch", "job", "sweep", "help", "cli", "api", "__main__", "__init__"}
 HEAVY = {"torch", "transformers", "deepspeed", "datasets", "peft", "accelerate", "tokenizers", "numpy"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,4 +123,5 @@ def check_choice(stage: StageInfo, group: str, option: str) -> str | None:
 def other_stages_with(key: str, stage: StageInfo) -> list[str]:
     """The stages that know a section which this stage does not."""
     top = key.split(".")[0]
-    return [s.name for s in STAGES.values() if s.name != stage.name and top in s.config.__dataclass_fields__]
+    others = [s for s in STAGES.values() if s.name != stage.name]
+    return [s.name for s in others if top in {f.name for f in dataclasses.fields(s.config)}]

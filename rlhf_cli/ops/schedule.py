@@ -8,7 +8,7 @@ from rlhf_cli.schema import OptimConfig
 
 
 def warmup_steps(optim: OptimConfig, total_steps: int) -> int:
-    """Steps of linear warm-up: warmup_ratio of all, at least min_warmup_steps (Llama 2: 3 %, at least 5), at most all."""
+    """Steps of linear warm-up: warmup_ratio of all steps, but at least min_warmup_steps (Llama 2: 3 %, at least 5)."""
     if optim.warmup_ratio == 0:
         return 0
     return min(total_steps, max(math.ceil(optim.warmup_ratio * total_steps), optim.min_warmup_steps))

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from rlhf_cli import __version__
 from rlhf_cli.errors import ModelError
-from rlhf_cli.rundir import read_manifest
 from rlhf_cli.files import digest_tree, write_json
+from rlhf_cli.rundir import read_manifest
 
 SCHEMA_VERSION = 1
 Status = Literal["running", "complete", "failed", "interrupted"]

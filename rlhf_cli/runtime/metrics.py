@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rlhf_cli.errors import RunFailed
-from rlhf_cli.runtime.files import write_text
+from rlhf_cli.files import write_text
 from rlhf_cli.schema import LoggingConfig
 
 

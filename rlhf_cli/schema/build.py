@@ -144,7 +144,7 @@ def _within(number: float, limits: Mapping[str, float]) -> bool:
 
 
 def _convert(value: Any, hint: Any) -> tuple[bool, Any]:
-    """(fits, value as the hinted type). Only loss-free changes: 1 -> 1.0, 1e3 -> 1000, "1e-5" -> 0.00001 for numbers."""
+    """(fits, value as the hinted type). Only loss-free changes: 1 -> 1.0, 1e3 -> 1000, "1e-5" -> 0.00001."""
     if _is_union(hint):
         for arg in sorted(typing.get_args(hint), key=lambda a: a is float):
             fits, converted = _convert(value, arg)

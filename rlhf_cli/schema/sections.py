@@ -16,15 +16,15 @@ DataFormat = Literal["auto", "text_only", "text2text", "conversation", "paired",
 class ArchConfig:
     """Architecture of a model from scratch (model.init=scratch)."""
 
-    type: Literal["llama", "gpt2", "gpt_neox", "qwen2"] = opt("llama", "model family")
+    type: Literal["llama", "gpt2", "gpt_neox", "qwen3"] = opt("llama", "model family")
     hidden_size: int = opt(256, "width of the residual stream", ge=8)
     num_layers: int = opt(4, "transformer blocks", ge=1)
     num_heads: int = opt(4, "attention heads; divides hidden_size", ge=1)
-    num_kv_heads: int | None = opt(None, "key/value heads (llama, qwen2); null = num_heads", ge=1)
+    num_kv_heads: int | None = opt(None, "key/value heads (llama, qwen3); null = num_heads", ge=1)
     intermediate_size: int | None = opt(None, "width of the MLP; null = 4 x hidden_size, or 8/3 x for gated ones", ge=8)
     max_positions: int | None = opt(None, "longest sequence; null = data.max_length, at least 1024", ge=8)
     tie_embeddings: bool = opt(False, "input and output embeddings are one matrix")
-    dropout: float = opt(0.0, "dropout while training (gpt2, gpt_neox; attention only in llama, qwen2)", ge=0, lt=1)
+    dropout: float = opt(0.0, "dropout while training (gpt2, gpt_neox; attention only in llama, qwen3)", ge=0, lt=1)
 
     def check(self) -> Iterator[Problem]:
         if self.hidden_size % self.num_heads:
@@ -32,8 +32,8 @@ class ArchConfig:
         elif self.hidden_size // self.num_heads % 2:
             yield Problem("num_heads", f"hidden_size / num_heads = {self.hidden_size // self.num_heads} must be even")
         if self.num_kv_heads is not None:
-            if self.type not in ("llama", "qwen2"):
-                yield Problem("num_kv_heads", f"is for llama and qwen2 only, arch.type is {self.type}")
+            if self.type not in ("llama", "qwen3"):
+                yield Problem("num_kv_heads", f"is for llama and qwen3 only, arch.type is {self.type}")
             elif self.num_heads % self.num_kv_heads:
                 yield Problem("num_kv_heads", f"{self.num_kv_heads} does not divide arch.num_heads = {self.num_heads}")
 

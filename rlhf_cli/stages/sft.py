@@ -7,33 +7,40 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from rlhf_cli.assemble import (
+    Text,
+    build_model,
+    check_length,
+    load_data,
+    load_text,
+    make_or_resume,
+    model_config,
+    redraw_lisa,
+)
 from rlhf_cli.data import plan
 from rlhf_cli.data.collate import collate
 from rlhf_cli.data.dataset import Prepared, prepare
 from rlhf_cli.data.rows import Message
-from rlhf_cli.data.stream import train_texts
-from rlhf_cli.data.templates import Template, resolve_template
 from rlhf_cli.data.token_rows import TokenRows
 from rlhf_cli.data.tokenize import encode_prompt, make_encoder
-from rlhf_cli.errors import CheckpointError, ModelError
-from rlhf_cli.files import directory_aside, write_text
-from rlhf_cli.loop import Hooks, LoopState, Micro, StepData, Trackers, train
-from rlhf_cli.models.head import enable_loss
-from rlhf_cli.models.load import enable_gradient_checkpointing, load_policy, resolve_dtype
-from rlhf_cli.models.lora import add_lora, plain_model, save_adapter
+from rlhf_cli.estimate import plan_run
+from rlhf_cli.files import write_text
+from rlhf_cli.loop import Hooks, LoopState, Micro, StepData, Trackers, Work, train
+from rlhf_cli.models.load import resolve_dtype
+from rlhf_cli.models.lora import plain_model, save_adapter
 from rlhf_cli.models.sample import sample_texts
 from rlhf_cli.models.save import save_model
-from rlhf_cli.models.scratch import make_config, new_model
-from rlhf_cli.models.tokenizer import add_extra_tokens, ensure_pad, load_tokenizer, tokenizer_digest, train_tokenizer
-from rlhf_cli.models.trainable import apply_trainable, count_parameters, find_blocks, lisa_apply, lisa_draw
+from rlhf_cli.models.tokenizer import tokenizer_digest
+from rlhf_cli.models.trainable import count_parameters
 from rlhf_cli.run import (
     Checkpoints,
     Run,
@@ -44,31 +51,21 @@ from rlhf_cli.run import (
     remove_best,
     save_best,
 )
-from rlhf_cli.runtime.distributed import gather_objects, local_first, sum_over_ranks
+from rlhf_cli.runtime.distributed import gather_objects, sum_over_ranks
 from rlhf_cli.runtime.engine import (
     Engine,
     gathered_for_generation,
     gathered_state_dict,
-    make_engine,
-    sharded_loading,
 )
-from rlhf_cli.runtime.engine_state import hold_state, restore_state
 from rlhf_cli.runtime.flops import flops_per_token, measured_peak_flops
 from rlhf_cli.runtime.manifest import model_dir
 from rlhf_cli.runtime.metrics import MetricsLog
 from rlhf_cli.runtime.plots import plot_losses
 from rlhf_cli.runtime.process import RankProcess
+from rlhf_cli.runtime.progress import Display
 from rlhf_cli.schema import SftConfig, to_dict
 
 TEXT_PROMPT_TOKENS = 16  # of a plain evaluation text, as the prompt of a sample
-
-
-class Text(NamedTuple):
-    """What turns text into tokens. new_tokens: added to a pretrained tokenizer, and to be learnt."""
-
-    tokenizer: Any
-    template: Template
-    new_tokens: int
 
 
 def run(config: SftConfig, run_dir: Path, process: RankProcess) -> dict[str, float]:
@@ -91,9 +88,8 @@ def run(config: SftConfig, run_dir: Path, process: RankProcess) -> dict[str, flo
         lambda engine, step: save_best(run, engine, step, only_trainable=config.model.trainable.mode != "lisa"),
     )
     process.watch.loop_started()
-    engine, ending = train(
-        engine, objective, state, objective.total_steps, config.train, config.optim, run.ranks, process.watch, trackers, hooks
-    )  # fmt: skip
+    work = Work(objective, objective.total_steps, config.train, config.optim)
+    engine, ending = train(engine, work, state, run.ranks, process.watch, trackers, hooks)
     if trackers.log is not None:
         trackers.log.close()
     if ending == "interrupted":
@@ -103,128 +99,18 @@ def run(config: SftConfig, run_dir: Path, process: RankProcess) -> dict[str, flo
     return finish(config, engine, text, state, run, ending == "early_stopped")
 
 
-# --- tokenizer and data
-
-
-def load_text(config: SftConfig, run_dir: Path, run: Run | None) -> Text:
-    """The tokenizer, trained or loaded, and the template. A trained one is kept in the run directory."""
-    settings = config.model.tokenizer
-    stored = None
-    if settings.train != "none":
-        folder = run_dir / "tokenizer"
-        if run is None or run.ranks.is_main:
-            if not folder.is_dir():
-                trained = train_tokenizer(settings.train, train_texts(config.data), settings.vocab_size)
-                with directory_aside(folder) as aside:
-                    trained.save_pretrained(aside)
-        if run is not None:
-            gather_objects(None)  # the others wait for the files
-        tokenizer = load_tokenizer(folder)
-    else:
-        source = settings.path or config.model.path
-        assert source is not None, "checked by the schema"
-        path, manifest = model_dir(source)
-        stored = manifest.get("template")
-        tokenizer = load_tokenizer(path, config.model.revision, config.model.trust_remote_code)
-    ensure_pad(tokenizer)
-    new_tokens = add_extra_tokens(tokenizer, settings.extra_tokens)
-    return Text(tokenizer, resolve_template(config.data.template, stored, tokenizer), new_tokens)
-
-
-def load_data(config: SftConfig, text: Text, run: Run) -> Prepared:
-    """Token rows, from the cache or made by the first rank of each machine."""
-    with local_first(run.ranks):
-        report = run.say if run.ranks.is_main else print
-        return prepare(config.data, text.tokenizer, tokenizer_digest(text.tokenizer), text.template, report)
-
-
-# --- model and engine
-
-
-def build_model(config: SftConfig, text: Text, dtype: torch.dtype, run: Run) -> nn.Module:
-    """The model with its adapters and with requires_grad set, ready for the engine."""
-    settings = config.model
-    if settings.init == "scratch":
-        attention = None if settings.attn_implementation == "auto" else settings.attn_implementation
-        architecture = make_config(settings.arch, text.tokenizer, config.data.max_length)
-        model: nn.Module = new_model(architecture, dtype, config.train.seed, attention)
-    else:
-        assert settings.path is not None, "checked by the schema"
-        path, _ = model_dir(settings.path)
-        with sharded_loading(config.deepspeed, dtype):
-            model = load_policy(settings, path, dtype, run.ranks.device, len(text.tokenizer))
-    check_length(model, config.data.max_length)
-    if settings.gradient_checkpointing:
-        enable_gradient_checkpointing(plain_model(model))
-    if config.lora.enabled:
-        model = add_lora(plain_model(model), config.lora, "CAUSAL_LM", text.new_tokens > 0, config.train.seed)
-    else:
-        apply_trainable(plain_model(model), settings.trainable, config.train.seed)
-    enable_loss(model)
-    trainable, total = count_parameters(model)
-    run.say(
-        f"model: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%}), {dtype}".replace(
-            "torch.", ""
-        )
+def dry_run(config: SftConfig, world_size: int) -> None:
+    """Open data and model for a job of `world_size` ranks and print what it would do. Weights are not loaded."""
+    with tempfile.TemporaryDirectory() as scratch:
+        text = load_text(config, Path(scratch), None)
+    data = prepare(config.data, text.tokenizer, tokenizer_digest(text.tokenizer), text.template, print)
+    architecture = model_config(config, text)
+    check_length(architecture, config.data.max_length)
+    # Several ranks are several GPUs, also when they are planned on a machine without.
+    planned = plan_run(config, data, architecture, world_size, for_gpu=torch.cuda.is_available() or world_size > 1)
+    Display(sys.stdout, "none", "sft").table(
+        f"rlhf sft --dry-run: {world_size} ranks, nothing was started", planned.rows
     )
-    return model
-
-
-def check_length(model: nn.Module, max_length: int) -> None:
-    """Raise ModelError when sequences are longer than the model has positions."""
-    positions = getattr(plain_model(model).config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
-        raise ModelError(f"data.max_length: {max_length} is more than the {positions} positions of the model; lower it")
-
-
-def make_or_resume(
-    config: SftConfig, model: nn.Module, dtype: torch.dtype, checkpoints: Checkpoints, run: Run, data_digest: str
-) -> tuple[Engine, LoopState]:
-    """The engine, new or as the newest checkpoint left it, and the loop state that goes with it."""
-    found = checkpoints.newest()
-    path, state = found if found else (None, LoopState(data_digest=data_digest))
-    if state.data_digest != data_digest:
-        raise CheckpointError(
-            f"the data has changed since {path} was written; put it back, or start in another run_dir"
-        )
-    if config.model.trainable.mode == "lisa" and path is not None:
-        checkpoints.load_weights(path, model)
-        lisa_apply(plain_model(model), drawn_layers(config, model, max(0, state.step - 1)))
-    groups = checkpoints.groups(model, path)
-    engine = make_engine(model, groups, config.optim, config.deepspeed, dtype, run.ranks)
-    engine.train()
-    if path is not None:
-        checkpoints.load(path, engine)
-    return engine, state
-
-
-def drawn_layers(config: SftConfig, model: nn.Module, step: int) -> list[int]:
-    """LISA's blocks for a step."""
-    settings = config.model.trainable
-    blocks = len(find_blocks(plain_model(model)))
-    return lisa_draw(blocks, settings.lisa_layers, config.train.seed, step // settings.lisa_interval)
-
-
-def redraw_lisa(engine: Engine, step: int, config: SftConfig, dtype: torch.dtype, run: Run) -> Engine:
-    """Another engine when LISA draws other blocks at this step; flags alone would leave the old blocks moving."""
-    settings = config.model.trainable
-    if settings.mode != "lisa" or step == 0 or step % settings.lisa_interval:
-        return engine
-    model = engine.module
-    layers = drawn_layers(config, model, step)
-    if layers == drawn_layers(config, model, step - 1):
-        return engine
-    from rlhf_cli.runtime.engine import param_groups
-
-    held = hold_state(engine)
-    engine.destroy()
-    lisa_apply(plain_model(model), layers)
-    groups = param_groups(model, config.optim.weight_decay, held.steps)
-    engine = make_engine(model, groups, config.optim, config.deepspeed, dtype, run.ranks)
-    restore_state(engine, held)
-    engine.train()
-    run.say(f"step {step}: LISA trains blocks {layers}")
-    return engine
 
 
 # --- the objective
@@ -401,7 +287,7 @@ def write_model(
     jinja = None if text.template.name in ("none", "tokenizer") else text.template.jinja
     if config.lora.enabled:
         base = str(Path(model_dir(str(config.model.path))[0]))
-        save_adapter(model, weights, directory, text.tokenizer, base, jinja)  # type: ignore[arg-type]
+        save_adapter(model, weights, directory, text.tokenizer, base, jinja)
         return
     plain = plain_model(model)
     stop = text.template.stop[0] if text.template.stop else None

@@ -1,0 +1,160 @@
+"""Which rows make which step, and how a step's rows are spread over ranks and micro-batches. Pure functions of numbers.
+
+A micro-batch is a list of bins, a bin a list of rows: one row without packing, several with it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+Bin = list[int]
+MicroBatch = list[Bin]
+
+
+class Position(NamedTuple):
+    """epoch, and the slice of that epoch's order that a step takes."""
+
+    epoch: int
+    rows: slice
+
+
+class StepRows(NamedTuple):
+    """One optimizer step: its number from 0, its epoch, the rows of its global batch (B,)."""
+
+    step: int
+    epoch: int
+    rows: np.ndarray
+
+
+class StepPlan(NamedTuple):
+    """ranks[r] = the micro-batches of rank r; every rank has equally many, some may be empty."""
+
+    ranks: list[list[MicroBatch]]
+
+
+def epoch_rows(num_rows: int, repeats: np.ndarray | None) -> int:
+    """Rows that an epoch sees, repeats counted."""
+    return num_rows if repeats is None else int(repeats.sum())
+
+
+def epoch_order(num_rows: int, repeats: np.ndarray | None, seed: int, epoch: int) -> np.ndarray:
+    """Row numbers of one epoch in their order, (rows,) int64; depends on the data, the seed and the epoch only.
+
+    repeats (num_rows,): how often each row is seen, None = once.
+    """
+    rows = np.arange(num_rows) if repeats is None else np.repeat(np.arange(num_rows), repeats)
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+def steps_per_epoch(rows: int, global_batch_size: int) -> int:
+    """The last, smaller batch counts too."""
+    return math.ceil(rows / global_batch_size)
+
+
+def num_steps(rows: int, global_batch_size: int, epochs: float, max_steps: int | None) -> int:
+    """Optimizer steps of a run, at least one. rows: of one epoch. max_steps overrides epochs: the data repeats."""
+    if max_steps is not None:
+        return max_steps
+    # rounded first: 0.1 x 30 is a little more than 3
+    return max(1, math.ceil(round(epochs * steps_per_epoch(rows, global_batch_size), 6)))
+
+
+def locate(step: int, rows: int, global_batch_size: int) -> Position:
+    """Where in the data step `step` (from 0) is, so that a resumed run needs nothing but its step."""
+    epoch, batch = divmod(step, steps_per_epoch(rows, global_batch_size))
+    start = batch * global_batch_size
+    return Position(epoch, slice(start, min(start + global_batch_size, rows)))
+
+
+def iterate_steps(
+    first_step: int, end_step: int, num_rows: int, repeats: np.ndarray | None, global_batch_size: int, seed: int
+) -> Iterator[StepRows]:
+    """The global batches of steps first_step to end_step - 1."""
+    rows = epoch_rows(num_rows, repeats)
+    epoch, order = -1, np.zeros(0, np.int64)
+    for step in range(first_step, end_step):
+        position = locate(step, rows, global_batch_size)
+        if position.epoch != epoch:
+            epoch, order = position.epoch, epoch_order(num_rows, repeats, seed, position.epoch)
+        yield StepRows(step, epoch, order[position.rows])
+
+
+def plan_step(
+    rows: np.ndarray, lengths: np.ndarray, world_size: int, micro_batch_size: int, pack_length: int | None = None
+) -> StepPlan:
+    """Spread one global batch: each row once, at most micro_batch_size bins in a micro-batch, equal work for the ranks.
+
+    rows (B,): row numbers; lengths (B,): their tokens. pack_length: capacity of a bin, None = one row each.
+    """
+    if pack_length is None:
+        bins = [[int(i)] for i in np.argsort(-lengths, kind="stable")]
+    else:
+        bins = _pack(lengths, pack_length, world_size)
+        bins.sort(key=lambda b: -int(lengths[b].sum()))
+    per_rank = max(1, math.ceil(len(bins) / (micro_batch_size * world_size)))
+    micro_batches = _cut_evenly(bins, per_rank * world_size)
+    # Padded size of a micro-batch: what its forward pass costs.
+    costs = [len(m) * max((int(lengths[b].sum()) for b in m), default=0) for m in micro_batches]
+    ranks: list[list[MicroBatch]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for start in range(0, len(micro_batches), world_size):
+        # Neighbours in size run at the same time (ranks wait for each other); the largest goes to the least loaded.
+        group = sorted(range(start, start + world_size), key=lambda m: -costs[m])
+        for m, rank in zip(group, sorted(range(world_size), key=lambda r: (loads[r], r)), strict=True):
+            ranks[rank].append([[int(rows[i]) for i in b] for b in micro_batches[m]])
+            loads[rank] += costs[m]
+    return StepPlan(ranks)
+
+
+def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[Bin]:
+    """Longest first, each into the fullest bin that still holds it (at most 11/9 of the fewest + 1: Johnson 1973)."""
+    bins: list[Bin] = []
+    room: list[tuple[int, int]] = []  # (tokens left, bin), ascending
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[i])
+        assert length <= capacity, f"row of {length} tokens in bins of {capacity}"
+        at = bisect_left(room, (length, -1))
+        if at < len(room):
+            left, number = room.pop(at)
+        else:
+            left, number = capacity, len(bins)
+            bins.append([])
+        bins[number].append(i)
+        insort(room, (left - length, number))
+    return bins
+
+
+def _pack(lengths: np.ndarray, capacity: int, world_size: int) -> list[Bin]:
+    """As few bins as best-fit-decreasing finds; where these cannot be dealt out evenly, the next number that can,
+    equally full: a rank without a bin would only wait."""
+    bins = best_fit_decreasing(lengths, capacity)
+    even = math.ceil(len(bins) / world_size) * world_size
+    if even == len(bins) or even > len(lengths):
+        return bins
+    return _spread(lengths, capacity, even) or bins
+
+
+def _spread(lengths: np.ndarray, capacity: int, num_bins: int) -> list[Bin] | None:
+    """Longest first, each into the emptiest bin; None if one overflows."""
+    bins: list[Bin] = [[] for _ in range(num_bins)]
+    loads = [(0, number) for number in range(num_bins)]
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        load, number = heapq.heappop(loads)
+        if load + int(lengths[i]) > capacity:
+            return None
+        bins[number].append(i)
+        heapq.heappush(loads, (load + int(lengths[i]), number))
+    return bins
+
+
+def _cut_evenly(bins: list[Bin], parts: int) -> list[MicroBatch]:
+    """`bins` in their order in `parts` pieces whose sizes differ by one at most."""
+    edges = [len(bins) * p // parts for p in range(parts + 1)]
+    return [bins[start:end] for start, end in pairwise(edges)]

@@ -1,0 +1,146 @@
+"""From sources to the rows that are trained on: limit, parse, filter, deduplicate, split; each loss counted."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from itertools import chain, islice
+from typing import Any
+
+from rlhf_cli.data.columns import parse_row_format
+from rlhf_cli.data.filters import drop_reason
+from rlhf_cli.data.formats import detect_format, parse_row, to_training
+from rlhf_cli.data.readers import Source, open_source, read_rows, source_digest
+from rlhf_cli.data.rows import ParsedRow, Row, RowError, TextRow, TrainingRow, row_digest
+from rlhf_cli.errors import DataError
+from rlhf_cli.schema import DataConfig
+
+
+@dataclass
+class Tally:
+    """What became of the rows of one data.path. dropped: reason -> rows; overlong: what was done -> rows."""
+
+    path: str
+    digest: str
+    formats: list[str] = field(default_factory=list)
+    rows: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    overlong: Counter[str] = field(default_factory=Counter)
+    sequences: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+
+    def bad_row(self, error: RowError, on_bad_row: str) -> None:
+        """Count a row that cannot be used, or end the run, as data.on_bad_row says."""
+        if on_bad_row == "error":
+            raise DataError(
+                f"{error}; correct the row, or leave out and count such rows with data.on_bad_row=skip"
+            ) from error
+        self.dropped[error.reason] += 1
+
+    def as_info(self) -> dict[str, Any]:
+        """As the manifest holds it."""
+        info = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return info | {"dropped": dict(self.dropped), "overlong": dict(self.overlong)}
+
+
+def open_sources(data: DataConfig, path: str | list[str] | None) -> list[Source]:
+    """All entries of data.path or data.eval_path."""
+    assert path, "data.path is required by the schema"
+    return [open_source(data, entry) for entry in ([path] if isinstance(path, str) else path)]
+
+
+def make_tallies(sources: list[Source]) -> list[Tally]:
+    """An empty count for each source, with the digest of its content."""
+    return [Tally(source.path, source_digest(source)) for source in sources]
+
+
+def parsed_rows(data: DataConfig, sources: list[Source], tallies: list[Tally]) -> Iterator[tuple[int, ParsedRow]]:
+    """(number of the source, typed row) in file order: the first data.limit rows of all sources together."""
+    row_format = parse_row_format(data.row_format) if data.row_format else None
+    numbered = ((n, row) for n, source in enumerate(sources) for row in read_rows(data, source))
+    formats: dict[tuple[int, str | None], str] = {}
+    for number, row in islice(numbered, data.limit):
+        tally = tallies[number]
+        tally.rows += 1
+        if isinstance(row, RowError):
+            tally.bad_row(row, data.on_bad_row)
+            continue
+        key = (number, row.kind)
+        if key not in formats:
+            formats[key] = _format_of(data, row)
+            tally.formats.append(formats[key])
+        try:
+            yield number, parse_row(row, formats[key], row_format)
+        except RowError as error:
+            tally.bad_row(error, data.on_bad_row)
+
+
+def training_rows(data: DataConfig, sources: list[Source], tallies: list[Tally]) -> Iterator[tuple[int, TrainingRow]]:
+    """(number of the source, row) for supervised training, without repeats and filtered rows."""
+    seen: set[int] = set()
+    for number, parsed in parsed_rows(data, sources, tallies):
+        row = to_training(parsed)
+        reason = drop_reason(row, data.filters)
+        if reason is None and data.deduplicate:
+            digest = row_digest(row)
+            if digest in seen:
+                reason = "duplicate"
+            seen.add(digest)
+        if reason is None:
+            yield number, row
+        else:
+            tallies[number].dropped[reason] += 1
+
+
+def split_lone_document(
+    rows: Iterator[tuple[int, TrainingRow]], percentage: float
+) -> tuple[Iterator[tuple[int, TrainingRow]], bool]:
+    """(rows, whether they were one single .txt, which is now two rows: the part to train on, and the last `percentage`
+    of its characters from the line break before on)."""
+    start = list(islice(rows, 2))
+    lone = len(start) == 1 and isinstance(start[0][1], TextRow) and start[0][1].document
+    if not (lone and percentage):
+        return chain(start, rows), False
+    number, row = start[0]
+    assert isinstance(row, TextRow)
+    boundary = len(row.text) - eval_count(len(row.text), percentage)
+    boundary = row.text.rfind("\n", 0, boundary) + 1 or boundary
+    head, tail = row.text[:boundary], row.text[boundary:]
+    if not head.strip() or not tail.strip():
+        raise DataError(
+            f"{row.source}: cannot be cut for data.validation_split_percentage={percentage:g}: one side would be empty;"
+            " use more text, another percentage, or data.eval_path"
+        )
+    return iter([(number, replace(row, text=head)), (number, replace(row, text=tail))]), True
+
+
+def eval_count(rows: int, percentage: float) -> int:
+    """How many of the last rows are for evaluation: the percentage rounded up, at least one unless it is 0."""
+    return math.ceil(Fraction(str(percentage)) * rows / 100)  # exact: 0.1 has no float
+
+
+def train_texts(data: DataConfig) -> Iterator[str]:
+    """The plain texts of the training side, to train a tokenizer on: whole texts, and the contents of messages."""
+    sources = open_sources(data, data.path)
+    read = lambda: training_rows(data, sources, [Tally(s.path, "") for s in sources])
+    rows, lone = split_lone_document(read(), data.validation_split_percentage)
+    num_rows: int | None = 1 if lone else None
+    if not lone and data.validation_split_percentage:
+        total = sum(1 for _ in rows)
+        rows, num_rows = read(), total - eval_count(total, data.validation_split_percentage)
+    for _, row in islice(rows, num_rows):
+        if isinstance(row, TextRow):
+            yield row.text
+        else:
+            yield from (message.content for message in row.messages)
+
+
+def _format_of(data: DataConfig, first: Row) -> str:
+    if data.row_format is not None:
+        return "text_only"
+    return data.format if data.format != "auto" else detect_format(first)

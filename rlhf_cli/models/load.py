@@ -1,0 +1,178 @@
+"""Pretrained causal language models: configuration, weights, precision, resized embeddings."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from rlhf_cli.errors import ModelError
+from rlhf_cli.models.source import check_source, explain_load_error
+from rlhf_cli.schema import ModelConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+OTHER_TASKS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMaskedLM",
+    "ForMultipleChoice",
+    "ForSeq2SeqLM",
+)
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def resolve_dtype(name: Literal["auto", "bf16", "fp32", "fp16"], device: torch.device) -> torch.dtype:
+    """model.dtype as torch has it. auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on CPU."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_config(path: Path | str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a causal LM, without weights. Raises ModelError when it is none."""
+    check_source(path, "model.path")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            str(path), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise explain_load_error(error, path, "config") from error
+    _check_causal_lm(config, path)
+    return config
+
+
+def load_policy(
+    model: ModelConfig,
+    path: Path | str,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    num_tokens: int | None = None,
+) -> PreTrainedModel:
+    """A causal LM with the weights of `path`, in `dtype` from the start, on CPU (quantised: on `device`).
+
+    It is loaded in its dtype and not cast afterwards, since a cast would round the rotary frequencies too.
+    num_tokens: len(tokenizer); a smaller embedding matrix grows to it, a larger (padded) one stays.
+    Raises ModelError: no such path, no causal LM, weights that are pickled, incomplete, or of other shapes.
+    """
+    config = load_config(path, model.revision, model.trust_remote_code)
+    if Path(path).expanduser().is_dir():
+        _check_safetensors(Path(path).expanduser())
+    options = _quantization(dtype, device) if model.quantization == "nf4" else {}
+    if model.attn_implementation != "auto":
+        options["attn_implementation"] = model.attn_implementation
+    try:
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            str(path),
+            config=config,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise explain_load_error(error, path, "model") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"{path}: the weights lack {len(missing)} of the model's tensors ({', '.join(missing[:3])} ...);"
+            " they would be random. Is it an adapter (run rlhf merge-lora), or another kind of model?"
+        )
+    if num_tokens is not None:
+        grow_embeddings(loaded, num_tokens)
+    loaded.config.use_cache = False
+    policy: PreTrainedModel = loaded
+    return policy
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute the blocks' activations in the backward. Call on the plain model, before or after adding adapters.
+
+    Not the re-entrant kind, so frozen embeddings in front of trained adapters need no detour.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ModelError(f"model.gradient_checkpointing: {type(model).__name__} has none; set it to false")
+    model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def grow_embeddings(model: PreTrainedModel, num_tokens: int) -> int:
+    """Add rows to embeddings and head until there is one per token; returns how many. Never removes rows.
+
+    A new row is the mean of the old ones (Hewitt 2021, "Initializing new word embeddings"): the new token starts no
+    likelier than the average one, and the same numbers come out wherever the same model grows.
+    """
+    embeddings = model.get_input_embeddings()
+    old = embeddings.num_embeddings
+    if num_tokens <= old:
+        return 0
+    model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    layers = {id(m): m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    tensors = {id(t): t for m in layers.values() for t in (m.weight, getattr(m, "bias", None)) if t is not None}
+    for tensor in tensors.values():
+        with torch.no_grad(), _whole(tensor):
+            tensor[old:] = tensor[:old].float().mean(0).to(tensor.dtype)
+    return num_tokens - old
+
+
+def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    """Context in which a sharded parameter is gathered, to be changed by rank 0; nothing for one that is whole."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+    return gathered
+
+
+def _check_causal_lm(config: PretrainedConfig, path: Path | str) -> None:
+    names = config.architectures or []
+    other = [n for n in names if n.endswith(OTHER_TASKS)]
+    if other:
+        hint = " (a reward model or classifier)" if other[0].endswith("ForSequenceClassification") else ""
+        raise ModelError(f"model.path: {path} is a {other[0]}{hint}, not a causal language model (...ForCausalLM)")
+    custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not custom and (config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder):
+        raise ModelError(f"model.path: {path} is of type {config.model_type}, which has no causal language model")
+
+
+def _check_safetensors(directory: Path) -> None:
+    if any(directory.glob("*.safetensors")):
+        if (directory / "adapter_config.json").exists() and not (directory / "model.safetensors").exists():
+            base = json.loads((directory / "adapter_config.json").read_text()).get("base_model_name_or_path")
+            raise ModelError(
+                f"model.path: {directory} holds a LoRA adapter of {base}, not a model; run rlhf merge-lora first"
+            )
+        return
+    pickled = sorted(p.name for pattern in PICKLED for p in directory.glob(pattern))
+    if pickled:
+        raise ModelError(
+            f"model.path: {directory} has pickled weights only ({pickled[0]}), which can run code when they are read;"
+            " convert them where you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
+    raise ModelError(f"model.path: {directory} has a config but no weights (*.safetensors)")
+
+
+def _quantization(dtype: torch.dtype, device: torch.device | None) -> dict[str, Any]:
+    """from_pretrained's options for QLoRA: nf4 with double quantisation (Dettmers et al., arXiv 2305.14314)."""
+    if device is None or device.type != "cuda":
+        raise ModelError("model.quantization: nf4 runs on CUDA GPUs only; use model.quantization=none on this machine")
+    from importlib.util import find_spec
+
+    if find_spec("bitsandbytes") is None:
+        raise ModelError("model.quantization: nf4 needs bitsandbytes; pip install 'rlhf-cli[qlora]'")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
