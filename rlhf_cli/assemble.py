@@ -16,16 +16,19 @@ from rlhf_cli.files import directory_aside
 from rlhf_cli.loop import LoopState
 from rlhf_cli.models.head import enable_loss
 from rlhf_cli.models.load import enable_gradient_checkpointing, load_config, load_policy
-from rlhf_cli.models.lora import add_lora, plain_model
+from rlhf_cli.models.lora import add_lora, plain_model, save_adapter
+from rlhf_cli.models.save import save_model
 from rlhf_cli.models.scratch import make_config, new_model
 from rlhf_cli.models.tokenizer import add_extra_tokens, ensure_pad, load_tokenizer, tokenizer_digest, train_tokenizer
 from rlhf_cli.models.trainable import apply_trainable, count_parameters, find_blocks, lisa_apply, lisa_draw
-from rlhf_cli.run import Checkpoints, Run
+from rlhf_cli.run import Checkpoints, ExtraWriter, Found, Run
 from rlhf_cli.runtime.distributed import barrier, local_first
-from rlhf_cli.runtime.engine import Engine, make_engine, param_groups, sharded_loading
+from rlhf_cli.runtime.engine import Engine, gathered_state_dict, make_engine, param_groups, sharded_loading
 from rlhf_cli.runtime.engine_state import hold_state, restore_state
 from rlhf_cli.runtime.manifest import model_dir
 from rlhf_cli.schema import SftConfig
+
+WEIGHTS = "weights"  # a checkpoint's directory of whole weights
 
 
 class Text(NamedTuple):
@@ -88,12 +91,18 @@ def model_config(config: SftConfig, text: Text) -> Any:
     return found
 
 
-def build_model(config: SftConfig, text: Text, dtype: torch.dtype, run: Run) -> nn.Module:
-    """The model with its adapters and with requires_grad set, ready for the engine."""
+def build_model(config: SftConfig, text: Text, dtype: torch.dtype, run: Run, found: Found | None) -> nn.Module:
+    """The model with its adapters and with requires_grad set, ready for the engine.
+
+    found: the checkpoint to continue from. It has whole weights where frozen parameters were trained before (LISA).
+    """
     settings = config.model
-    if settings.init == "scratch":
+    if found is not None and (found.path / WEIGHTS).is_dir():
+        with sharded_loading(config.deepspeed, dtype):
+            model: nn.Module = load_policy(settings, found.path / WEIGHTS / "model", dtype, run.ranks.device)
+    elif settings.init == "scratch":
         attention = None if settings.attn_implementation == "auto" else settings.attn_implementation
-        model: nn.Module = new_model(model_config(config, text), dtype, config.train.seed, attention)
+        model = new_model(model_config(config, text), dtype, config.train.seed, attention)
     else:
         assert settings.path is not None, "checked by the schema"
         path, _ = model_dir(settings.path)
@@ -124,24 +133,53 @@ def check_length(architecture: Any, max_length: int) -> None:
 
 
 def make_or_resume(
-    config: SftConfig, model: nn.Module, dtype: torch.dtype, checkpoints: Checkpoints, run: Run, data_digest: str
+    config: SftConfig,
+    model: nn.Module,
+    dtype: torch.dtype,
+    checkpoints: Checkpoints,
+    run: Run,
+    found: Found | None,
+    data_digest: str,
 ) -> tuple[Engine, LoopState]:
     """The engine, new or as the newest checkpoint left it, and the loop state that goes with it."""
-    found = checkpoints.newest()
-    path, state = found if found else (None, LoopState(data_digest=data_digest))
+    state = LoopState(data_digest=data_digest) if found is None else found.state
     if state.data_digest != data_digest:
         raise CheckpointError(
-            f"the data has changed since {path} was written; put it back, or start in another run_dir"
+            f"the data has changed since {run.run_dir} was started; put it back, or start in another run_dir"
         )
-    if config.model.trainable.mode == "lisa" and path is not None:
-        checkpoints.load_weights(path, model)
+    if found is not None and config.model.trainable.mode == "lisa":
         lisa_apply(plain_model(model), drawn_layers(config, model, max(0, state.step - 1)))
-    groups = checkpoints.groups(model, path)
+    groups = checkpoints.groups(model, found.path if found else None)
     engine = make_engine(model, groups, config.optim, config.deepspeed, dtype, run.ranks)
     engine.train()
-    if path is not None:
-        checkpoints.load(path, engine)
+    if found is not None:
+        checkpoints.load(found.path, engine)
     return engine, state
+
+
+def whole_weights(config: SftConfig, model: nn.Module, text: Text) -> ExtraWriter:
+    """All weights for a checkpoint, in HF layout, so that a resumed run loads them as any model."""
+
+    def write(engine: Engine, directory: Path) -> None:
+        weights = gathered_state_dict(engine)
+        if weights:
+            write_model(config, engine.module, weights, text, directory / "model")
+
+    return ExtraWriter(write, 4 * count_parameters(model).total)
+
+
+def write_model(
+    config: SftConfig, model: nn.Module, weights: dict[str, torch.Tensor], text: Text, directory: Path
+) -> None:
+    """The final model in HF layout, or the adapter in PEFT's."""
+    jinja = None if text.template.name in ("none", "tokenizer") else text.template.jinja
+    if config.lora.enabled:
+        base = str(Path(model_dir(str(config.model.path))[0]))
+        save_adapter(model, weights, directory, text.tokenizer, base, jinja)
+        return
+    plain = plain_model(model)
+    stop = text.template.stop[0] if text.template.stop else None
+    save_model(plain.config, weights, directory, text.tokenizer, jinja, plain.generation_config, stop)
 
 
 def drawn_layers(config: SftConfig, model: nn.Module, step: int) -> list[int]:

@@ -14,8 +14,8 @@ from rlhf_cli.config.compose import Composed, compose_stage
 from rlhf_cli.config.freeze import default_run_dir, freeze, lock, standing
 from rlhf_cli.config.requests import check_request
 from rlhf_cli.errors import EXIT_DONE, ConfigError, Problem
-from rlhf_cli.launch import run_job, visible_gpus, world_size
-from rlhf_cli.schema import build
+from rlhf_cli.launch import JobResult, run_job, visible_gpus, world_size
+from rlhf_cli.rundir import read_manifest, update_manifest
 
 Echo = Callable[[str], None]
 
@@ -68,8 +68,18 @@ def start(
     where.mkdir(parents=True, exist_ok=True)
     with lock(where):
         frozen = freeze(where, values)
-        result = run_job(frozen, where, build(type(config), values).launch, echo)
-    return Outcome(result.exit_code, where)
+        result = run_job(frozen, where, config.launch, echo)
+        return Outcome(_settle(where, result), where)
+
+
+def _settle(run_dir: Path, result: JobResult) -> int:
+    """Let the manifest tell how the run ended where no rank could; returns the exit code."""
+    status = read_manifest(run_dir).get("status")
+    if status == "complete" and result.failure is None:
+        return EXIT_DONE  # a stop that came after the last step stopped nothing
+    if status == "running":
+        update_manifest(run_dir, status="failed" if result.failure else "interrupted")
+    return result.exit_code
 
 
 def dry_run(stage: str, words: list[str], echo: Echo) -> int:

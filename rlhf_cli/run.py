@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_cli.errors import CheckpointError
 from rlhf_cli.files import directory_aside
 from rlhf_cli.loop import LoopState
+from rlhf_cli.rundir import update_manifest
 from rlhf_cli.runtime import checkpoint, engine_state, manifest
-from rlhf_cli.runtime.distributed import Ranks, barrier, broadcast_object, init, shutdown
+from rlhf_cli.runtime.distributed import Ranks, barrier, broadcast_object
 from rlhf_cli.runtime.engine import Engine, gathered_state_dict, param_groups
 from rlhf_cli.runtime.process import RankProcess
 from rlhf_cli.runtime.progress import Display
 from rlhf_cli.runtime.seed import seed_everything
 from rlhf_cli.schema import to_dict
 
-OPTIMIZER, WEIGHTS = "optimizer", "weights"  # directories in a checkpoint
+OPTIMIZER = "optimizer"  # its directory in a checkpoint
 
 
 @dataclass
@@ -43,12 +45,11 @@ class Run:
     def update_manifest(self, **changes: Any) -> None:
         """Change manifest.json, from rank 0."""
         if self.ranks.is_main:
-            manifest.update(self.run_dir, **changes)
+            update_manifest(self.run_dir, **changes)
 
 
-def open_run(config: Any, run_dir: Path, process: RankProcess) -> Run:
-    """Join the other ranks, seed this one, and start the manifest."""
-    ranks = init(config.launch.timeout)
+def open_run(config: Any, run_dir: Path, process: RankProcess, ranks: Ranks) -> Run:
+    """Seed this rank and start the manifest."""
     seed_everything(config.train.seed, ranks.rank)
     display = Display(process.terminal, config.logging.progress, config.stage) if ranks.is_main else None
     if ranks.is_main:
@@ -57,51 +58,54 @@ def open_run(config: Any, run_dir: Path, process: RankProcess) -> Run:
 
 
 def close_run(run: Run, **changes: Any) -> None:
-    """Write the last word into the manifest and leave the process group."""
+    """Take the bar away and write the last word into the manifest, when every rank has come this far."""
     if run.display is not None:
         run.display.stop()
     barrier()
     run.update_manifest(**changes)
-    shutdown()
+
+
+class Found(NamedTuple):
+    """A checkpoint to continue from, and the loop state in it."""
+
+    path: Path
+    state: LoopState
+
+
+class ExtraWriter(NamedTuple):
+    """Something a checkpoint holds beside the optimizer state. write(engine, directory): called on all ranks."""
+
+    write: Callable[[Engine, Path], None]
+    num_bytes: int
 
 
 class Checkpoints:
-    """Resumable state of a run: optimizer (with master weights), loop state, every rank's RNG.
+    """Resumable state of a run: optimizer with master weights, loop state, every rank's RNG, the stage's extras."""
 
-    whole_weights: also keep all weights, because parameters that are frozen now may have been trained before (LISA).
-    """
-
-    def __init__(self, run: Run, whole_weights: bool):
-        self.run, self.whole_weights = run, whole_weights
+    def __init__(self, run: Run, extras: dict[str, ExtraWriter]):
+        self.run, self.extras = run, extras
 
     def save(self, engine: Engine, state: LoopState) -> None:
         """Write checkpoints/step_...; all ranks call it."""
         run = self.run
         writers: dict[str, checkpoint.Writer] = {OPTIMIZER: lambda d: engine_state.export_state(engine, d)}
         needed = engine_state.state_bytes(engine)
-        if self.whole_weights:
-            writers[WEIGHTS] = lambda d: _save_weights(engine, d)
-            needed += 4 * sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+        for name, extra in self.extras.items():
+            writers[name] = partial(extra.write, engine)
+            needed += extra.num_bytes
         keep = run.config.train.keep_checkpoints
         checkpoint.save(run.run_dir, state.step, run.ranks, writers, state.as_dict(), keep, needed)
         if run.ranks.is_main:
             _prune_best(run.run_dir, state.best_step)
 
-    def newest(self) -> tuple[Path, LoopState] | None:
+    def newest(self) -> Found | None:
         """The newest undamaged checkpoint and its loop state, the same answer on every rank."""
         run = self.run
         path = broadcast_object(checkpoint.newest_valid(run.run_dir, run.say) if run.ranks.is_main else None)
         if path is None:
             return None
         saved = json.loads((path / checkpoint.LOOP_STATE).read_text(encoding="utf-8"))
-        return path, LoopState(**saved["loop"])
-
-    def load_weights(self, path: Path, model: torch.nn.Module) -> None:
-        """Put whole weights into a model that is not under an engine yet."""
-        file = path / WEIGHTS / "weights.safetensors"
-        if not file.is_file():
-            raise CheckpointError(f"{path} has no weights; it was written by a run that trained other parameters")
-        model.load_state_dict(load_file(file), strict=False)
+        return Found(path, LoopState(**saved["loop"]))
 
     def load(self, path: Path, engine: Engine) -> None:
         """Put the optimizer state and this rank's RNG back."""
@@ -144,12 +148,6 @@ def _prune_best(run_dir: Path, keep_step: int | None) -> None:
     for path in (run_dir / "checkpoints").glob("best_*"):
         if keep_step is None or path != best_dir(run_dir, keep_step):
             shutil.rmtree(path)
-
-
-def _save_weights(engine: Engine, directory: Path) -> None:
-    weights = gathered_state_dict(engine)
-    if engine.ranks.is_main:
-        save_file(_untied(weights), directory / "weights.safetensors")
 
 
 def _untied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.files import write_json
+
+Status = Literal["running", "complete", "failed", "interrupted"]
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:
@@ -21,3 +25,17 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{path} is damaged ({error}); run that stage again in a new run_dir") from None
+
+
+def update_manifest(run_dir: Path, **changes: Any) -> dict[str, Any]:
+    """Change some entries of the manifest; a `status` that ends the run sets `finished`."""
+    manifest = read_manifest(run_dir) | changes
+    if changes.get("status") in ("complete", "failed", "interrupted"):
+        manifest["finished"] = utc_now()
+    write_json(run_dir / "manifest.json", manifest)
+    return manifest
+
+
+def utc_now() -> str:
+    """UTC time, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -14,8 +14,8 @@ from rlhf_cli.data.tokenize import Tokens
 class TokenRows:
     """N sequences, one after the other in flat arrays.
 
-    input_ids (tokens,) int32; trained (tokens,) bool: the loss mask before the shift, never True at the first token of a
-    sequence, which nothing predicts; offsets (N + 1,) int64 into both.
+    input_ids (tokens,) int32. trained (tokens,) bool: the loss mask before the shift, never True at the first token of
+    a sequence, which nothing predicts. offsets (N + 1,) int64 into both.
     row_digests (N,) uint64: digest of the row's text (windows of one row share it), by which a later stage finds rows
     that an earlier one trained on. repeats (N,) int64: how often an epoch sees each sequence (data.weights).
     """

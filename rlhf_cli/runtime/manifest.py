@@ -5,18 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import subprocess
-from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rlhf_cli import __version__
 from rlhf_cli.errors import ModelError
 from rlhf_cli.files import digest_tree, write_json
-from rlhf_cli.rundir import read_manifest
+from rlhf_cli.rundir import read_manifest, utc_now
 
 SCHEMA_VERSION = 1
-Status = Literal["running", "complete", "failed", "interrupted"]
 PACKAGES = ("torch", "transformers", "datasets", "peft", "deepspeed", "hydra-core")
 
 
@@ -38,19 +36,10 @@ def begin(run_dir: Path, stage: str, config: dict[str, Any], world_size: int) ->
         "seed": config["train"]["seed"],
         "versions": {"rlhf-cli": __version__, **{p: importlib.metadata.version(p) for p in PACKAGES}},
         "git_commit": git_commit(),
-        "started": old.get("started") or now(),
+        "started": old.get("started") or utc_now(),
         "finished": None,
         "config_digest": sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
     }
-    write_json(run_dir / "manifest.json", manifest)
-    return manifest
-
-
-def update(run_dir: Path, **changes: Any) -> dict[str, Any]:
-    """Change some entries; a status that ends the run sets `finished`."""
-    manifest = read_manifest(run_dir) | changes
-    if changes.get("status") in ("complete", "failed", "interrupted"):
-        manifest["finished"] = now()
     write_json(run_dir / "manifest.json", manifest)
     return manifest
 
@@ -80,11 +69,6 @@ def model_dir(path: str) -> tuple[str, dict[str, Any]]:
             " give it a finished run of `rlhf sft`"
         )
     return str(run_dir / output["path"]), manifest
-
-
-def now() -> str:
-    """UTC time, to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def git_commit() -> str | None:
