@@ -10,7 +10,7 @@ from torch import nn
 
 from rlhf_cli.data.dataset import Prepared, prepare
 from rlhf_cli.data.stream import train_texts
-from rlhf_cli.data.templates import Template, resolve_template
+from rlhf_cli.data.templates import TEMPLATES, Template, resolve_template
 from rlhf_cli.errors import CheckpointError, ModelError
 from rlhf_cli.files import directory_aside
 from rlhf_cli.loop import LoopState
@@ -62,8 +62,9 @@ def load_text(config: SftConfig, run_dir: Path, run: Run | None) -> Text:
 def _trained_tokenizer(config: SftConfig, folder: Path, run: Run | None) -> Any:
     settings = config.model.tokenizer
     assert settings.train != "none"
+    template = TEMPLATES.get(config.data.template, TEMPLATES["none"])  # a new tokenizer has no template of its own
     if (run is None or run.ranks.is_main) and not folder.is_dir():
-        trained = train_tokenizer(settings.train, train_texts(config.data), settings.vocab_size)
+        trained = train_tokenizer(settings.train, train_texts(config.data, template), settings.vocab_size)
         with directory_aside(folder) as aside:
             trained.save_pretrained(aside)
     if run is not None:

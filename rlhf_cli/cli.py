@@ -53,8 +53,8 @@ def _dispatch(argv: list[str]) -> int:
         return EXIT_DONE
     if argv[0] not in STAGES:
         close = difflib.get_close_matches(argv[0], STAGES, n=1)
-        hint = f"; did you mean `rlhf {close[0]}`?" if close else ""
-        raise ConfigError([Problem("", f"no stage {argv[0]!r}{hint} Stages: {', '.join(STAGES)}")])
+        hint = f"did you mean `rlhf {close[0]}`? " if close else ""
+        raise ConfigError([Problem("", f"no stage {argv[0]!r}; {hint}stages: {', '.join(STAGES)}")])
     return _stage(argv[0], argv[1:])
 
 

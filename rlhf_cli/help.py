@@ -12,7 +12,6 @@ from rlhf_cli import __version__
 from rlhf_cli.config.tree import options, recipes
 from rlhf_cli.schema import STAGES, StageInfo, known_keys
 from rlhf_cli.schema.build import describe_type
-from rlhf_cli.schema.fields import describe_limits
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 the run failed, 2 the request is wrong (nothing started), 130/143 interrupted, state saved"
@@ -78,8 +77,7 @@ def option_lines(config: type) -> list[str]:
 
 def describe_option(hint: object, field: dataclasses.Field[Any]) -> str:
     """Allowed values and default: "number > 0, default 2e-05"."""
-    limits = describe_limits(field.metadata["limits"])
-    return f"{describe_type(hint)}{' ' + limits if limits else ''}, default {default_text(field)}"
+    return f"{describe_type(hint, field.metadata['limits'])}, default {default_text(field)}"
 
 
 def default_text(field: dataclasses.Field[Any]) -> str:

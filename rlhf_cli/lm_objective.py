@@ -33,7 +33,6 @@ class LanguageModelObjective:
     def __init__(self, config: SftConfig, data: Prepared, text: Text, run: Run):
         self.config, self.text, self.run = config, text, run
         self.rows, self.eval_rows = data.train, data.eval
-        self.num_targets = targets_per_row(data.train)
         self.per_epoch = plan.epoch_rows(len(data.train), data.train.repeats)
         settings = config.train
         self.total_steps = plan.num_steps(
@@ -57,7 +56,7 @@ class LanguageModelObjective:
         rows = self._order[1][position.rows]
         micro_batches = self._spread(self.rows, rows, self.config.data.packing)
         return StepData(
-            micro_batches, float(self.num_targets[rows].sum()), int(self.rows.lengths[rows].sum()), len(rows)
+            micro_batches, float(self.rows.num_trained(rows)), int(self.rows.lengths[rows].sum()), len(rows)
         )
 
     def forward(self, engine: Engine, batch: plan.MicroBatch) -> Micro:
@@ -104,7 +103,7 @@ class LanguageModelObjective:
             for micro_batch in self._spread(source, rows, self.config.data.packing):
                 total += self._loss(engine, source, micro_batch).double()
         engine.train()
-        return sum_over_ranks(total).item() / float(targets_per_row(source).sum())
+        return sum_over_ranks(total).item() / source.num_trained(np.arange(len(source)))
 
     def _prompts(self) -> list[list[int]]:
         settings, encoder = self.config.generation, make_encoder(self.text.tokenizer)
@@ -133,8 +132,3 @@ class LanguageModelObjective:
             rows = [{"step": step, "prompt": tokenizer.decode(self.prompts[i]), "response": text} for i, text in lines]
             path = self.run.run_dir / "samples" / f"step_{step:08d}.jsonl"
             write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def targets_per_row(rows: TokenRows) -> np.ndarray:
-    """(N,) trained tokens of each sequence; its first token is never one, so these are the targets."""
-    return np.add.reduceat(rows.trained.astype(np.int64), rows.offsets[:-1]) if len(rows) else np.zeros(0, np.int64)

@@ -186,7 +186,7 @@ def _one_step(
     state.step += 1
     state.tokens += data.tokens
     state.samples += data.samples
-    if not math.isfinite(means["loss"]) or (not math.isfinite(grad_norm) and not engine.skipped):
+    if not math.isfinite(means["loss"]) or (not math.isfinite(grad_norm) and not engine.scales_loss):
         raise RunFailed(
             f"step {state.step}: loss {means['loss']}, gradient norm {grad_norm}: no longer a number."
             " The newest checkpoint before it is kept. Lower optim.lr, use model.dtype=bf16 or fp32, or look at the"

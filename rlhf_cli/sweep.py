@@ -19,14 +19,20 @@ from rlhf_cli.rundir import read_manifest
 
 
 def split(words: list[str]) -> list[list[str]]:
-    """Every combination of the swept values, each as the words of one run."""
-    fixed = [w for w in words if w.startswith("conf=")]
-    try:
-        overrides = OverridesParser.create().parse_overrides([w for w in words if not w.startswith("conf=")])
-        (batch,) = BasicSweeper.split_arguments(overrides, None)
-    except HydraException as error:
-        raise ConfigError([Problem("", f"the sweep cannot be read: {str(error).splitlines()[0]}")]) from None
+    """Every combination of the swept values, each as the words of one run. Other words stay as they are."""
+    parser = OverridesParser.create()
+    swept = [w for w in words if _is_sweep(parser, w)]
+    fixed = [w for w in words if w not in swept]
+    (batch,) = BasicSweeper.split_arguments(parser.parse_overrides(swept), None)
     return [fixed + list(run) for run in batch]
+
+
+def _is_sweep(parser: OverridesParser, word: str) -> bool:
+    """Whether a word has several values. One that Hydra cannot read, such as row_format={a} {b}, is checked later."""
+    try:
+        return not word.startswith("conf=") and parser.parse_override(word).is_sweep_override()
+    except HydraException:
+        return False
 
 
 def run_sweep(stage: str, words: list[str], echo: job.Echo) -> int:

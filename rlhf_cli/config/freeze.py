@@ -73,18 +73,15 @@ def _differences(run_dir: Path, old: dict[str, Any], new: dict[str, Any]) -> lis
     problems, notes = [], []
     for key in sorted(before.keys() | after.keys()):
         was, now = before.get(key), after.get(key)
-        if was == now or key.startswith(MAY_DIFFER):
+        if was == now or key.startswith(MAY_DIFFER) or (not was and not now and {} in (was, now)):
             continue
         if key in MAY_GROW and _grows(was, now):
             notes.append(f"{key} grows from {was} to {now}")
             continue
-        problems.append(Problem(key, f"was {was!r} in this run, now {now!r}"))
+        problems.append(f"{key}: was {was!r} in this run, now {now!r}")
     if problems:
-        head = Problem(
-            "run_dir",
-            f"{run_dir} holds a run with another config; name another run_dir, or give these the values that they had:",
-        )
-        raise ConfigError([head, *problems])
+        head = f"{run_dir} holds a run with another config; name another run_dir, or give these the values they had:"
+        raise ConfigError([Problem("run_dir", "\n  - ".join([head, *problems]))])
     return notes
 
 

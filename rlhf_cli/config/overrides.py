@@ -32,13 +32,15 @@ def parse_overrides(stage: StageInfo, words: list[str]) -> tuple[Overrides, list
     parsed = Overrides([], [], {})
     problems: list[Problem] = []
     for word in words:
-        if "=" not in word:
-            hint = " (~ deletes nothing here; set the option to null)" if word.startswith("~") else ""
-            problems.append(Problem("", f"{word!r} is not of the form key=value{hint}"))
+        if "=" not in word.lstrip("="):
+            tip = " (~ deletes nothing here; set the option to null)" if word.startswith("~") else ""
+            tip = " (no blanks around =)" if word.startswith("=") else tip
+            problems.append(Problem("", f"{word!r} is not of the form key=value{tip}"))
             continue
         raw_key, raw_value = word.split("=", 1)
         key = raw_key.lstrip("+")
-        if key in known and not _fits_text_option(parser, str(known[key].type), word):
+        hint = "str" if key.startswith("data.columns.") else str(known[key].type) if key in known else ""
+        if not _fits_text_option(parser, hint, word):
             # A text option takes any text: {prompt}{label}, a=b, 50% ... need no quotes of Hydra's own.
             raw_value = '"' + raw_value.replace("\\", "\\\\").replace('"', '\\"') + '"'
             word = f"{raw_key}={raw_value}"
@@ -71,7 +73,7 @@ def parse_overrides(stage: StageInfo, words: list[str]) -> tuple[Overrides, list
 
 def _fits_text_option(parser: OverridesParser, hint: str, word: str) -> bool:
     """Whether a word for an option of this type can go to Hydra's grammar as it is; False: a text that needs quotes."""
-    if "str" not in hint:
+    if "str" not in hint or hint.startswith("dict"):
         return True
     try:
         override = parser.parse_override(word)

@@ -56,13 +56,13 @@ def _find(stage: StageInfo, conf: str) -> Path:
     if (Path(conf) / "config.yaml").is_file():
         return Path(conf) / "config.yaml"
     close = difflib.get_close_matches(conf, shipped, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = f"did you mean {close[0]}? " if close else ""
     known = ", ".join(shipped) or "none yet"
     raise ConfigError(
         [
             Problem(
                 "conf",
-                f"no recipe {conf!r} for `rlhf {stage.name}`{hint} Shipped: {known}."
+                f"no recipe {conf!r} for `rlhf {stage.name}`; {hint}shipped: {known}."
                 " A file of your own is given by its path: conf=my/own.yaml",
             )
         ]
@@ -115,8 +115,8 @@ def check_choice(stage: StageInfo, group: str, option: str) -> str | None:
         return f"is not a config group of `rlhf {stage.name}`; groups: {', '.join(stage.groups)}"
     if option not in options(group):
         close = difflib.get_close_matches(option, options(group), n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        return f"has no option {option!r}{hint} allowed: {', '.join(options(group))}"
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"has no option {option!r}; {hint}allowed: {', '.join(options(group))}"
     return None
 
 

@@ -55,7 +55,7 @@ def check_data_paths(key: str, paths: str | list[str] | None) -> Iterator[Proble
             if not glob.glob(str(local), recursive=True):
                 yield Problem(key, f"no file matches {path}")
         elif local.is_dir():
-            if not any(f.name.endswith(DATA_SUFFIXES) for f in local.rglob("*")):
+            if not any(f.name.endswith(DATA_SUFFIXES) for f in local.glob("*")):
                 yield Problem(key, f"{path} has no data file; read are: {' '.join(DATA_SUFFIXES)}")
         elif local.is_file():
             if local.stat().st_size == 0:

@@ -15,6 +15,7 @@ from rlhf_cli.data.filters import drop_reason
 from rlhf_cli.data.formats import detect_format, parse_row, to_training
 from rlhf_cli.data.readers import Source, open_source, read_rows, source_digest
 from rlhf_cli.data.rows import ParsedRow, Row, RowError, TextRow, TrainingRow, row_digest
+from rlhf_cli.data.templates import Template, render
 from rlhf_cli.errors import DataError
 from rlhf_cli.schema import DataConfig
 
@@ -124,8 +125,9 @@ def eval_count(rows: int, percentage: float) -> int:
     return math.ceil(Fraction(str(percentage)) * rows / 100)  # exact: 0.1 has no float
 
 
-def train_texts(data: DataConfig) -> Iterator[str]:
-    """The plain texts of the training side, to train a tokenizer on: whole texts, and the contents of messages."""
+def train_texts(data: DataConfig, template: Template) -> Iterator[str]:
+    """The texts of the training side as the model will see them, to train a tokenizer on: dialogues in their template,
+    whose own words a tokenizer of words or characters has to know."""
     sources = open_sources(data, data.path)
     read = lambda: training_rows(data, sources, [Tally(s.path, "") for s in sources])
     rows, lone = split_lone_document(read(), data.validation_split_percentage)
@@ -134,10 +136,7 @@ def train_texts(data: DataConfig) -> Iterator[str]:
         total = sum(1 for _ in rows)
         rows, num_rows = read(), total - eval_count(total, data.validation_split_percentage)
     for _, row in islice(rows, num_rows):
-        if isinstance(row, TextRow):
-            yield row.text
-        else:
-            yield from (message.content for message in row.messages)
+        yield row.text if isinstance(row, TextRow) else render(template, {}, row.messages, False)
 
 
 def _format_of(data: DataConfig, first: Row) -> str:

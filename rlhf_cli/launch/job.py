@@ -82,7 +82,7 @@ def run_job(
         output = log.read().decode("utf-8", errors="replace")
     result = judge(run_dir, output, ended, started)
     if result.failure:
-        say(result.failure.message)
+        say(f"error: {result.failure.message}")
     return result
 
 

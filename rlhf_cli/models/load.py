@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -119,19 +117,12 @@ def grow_embeddings(model: PreTrainedModel, num_tokens: int) -> int:
     layers = {id(m): m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
     tensors = {id(t): t for m in layers.values() for t in (m.weight, getattr(m, "bias", None)) if t is not None}
     for tensor in tensors.values():
-        with torch.no_grad(), _whole(tensor):
+        # Also after a sharded load: transformers leaves a grown matrix whole, with the old rows on rank 0 only, and
+        # the engine sends it on to the others.
+        assert tensor.shape[0] == num_tokens
+        with torch.no_grad():
             tensor[old:] = tensor[:old].float().mean(0).to(tensor.dtype)
     return num_tokens - old
-
-
-def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
-    """Context in which a sharded parameter is gathered, to be changed by rank 0; nothing for one that is whole."""
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
-    return gathered
 
 
 def _check_causal_lm(config: PretrainedConfig, path: Path | str) -> None:

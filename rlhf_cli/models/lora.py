@@ -103,7 +103,7 @@ def add_lora(
         bias="none",
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # see _tie_trained_copies
         torch.manual_seed(seed)
         wrapped = cast(PeftModel, get_peft_model(cast(Any, model), config, autocast_adapter_dtype=False))
     if train_embeddings and model.config.tie_word_embeddings:

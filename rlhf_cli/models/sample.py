@@ -9,6 +9,8 @@ from torch import nn
 
 from rlhf_cli.schema import GenerationConfig
 
+STOP_WINDOW = 32  # newest tokens in which a stop string is looked for; it may be spread over several
+
 
 @torch.no_grad()
 def sample_texts(
@@ -21,38 +23,58 @@ def sample_texts(
 ) -> list[str]:
     """Continue token prompts; one text each, up to EOS or a stop string, which are left out.
 
-    model: a causal LM in evaluation mode with whole weights. The caller's RNG is left as it was.
+    model: a causal LM in evaluation mode with whole weights. Draws from a generator of its own.
     """
     if not prompts:
         return []
     device = next(model.parameters()).device
+    draw = torch.Generator(device).manual_seed(seed)
     longest = max(len(p) for p in prompts)
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
+    pad, stops = tokenizer.pad_token_id, [*stop, *generation.stop]
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)  # (B, T), left-padded
     keep = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    stops = [*stop, *generation.stop]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        out = model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=keep,
-            max_new_tokens=generation.max_new_tokens,
-            do_sample=generation.temperature > 0,
-            temperature=generation.temperature or None,
-            top_k=generation.top_k,
-            top_p=generation.top_p,
-            use_cache=True,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
-            **({"stop_strings": stops, "tokenizer": tokenizer} if stops else {}),
-        )
-    return [_until(tokenizer, row, stops) for row in out[:, longest:].tolist()]
+    out: list[list[int]] = [[] for _ in prompts]
+    running = [True] * len(prompts)
+    cache: Any = None
+    positions = (keep.cumsum(-1) - 1).clamp(min=0)
+    for _ in range(generation.max_new_tokens):
+        step = model(
+            input_ids=ids, attention_mask=keep, position_ids=positions, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
+        cache = step.past_key_values
+        tokens = next_tokens(step.logits[:, -1].float(), generation, draw)
+        for i, token in enumerate(tokens.tolist()):
+            if running[i] and token != tokenizer.eos_token_id:
+                out[i].append(token)
+                tail = tokenizer.decode(out[i][-STOP_WINDOW:])
+                running[i] = not any(s in tail for s in stops)
+            else:
+                running[i] = False
+        if not any(running):
+            break
+        ids, positions = tokens[:, None], positions[:, -1:] + 1
+        keep = torch.cat([keep, keep.new_ones(len(prompts), 1)], 1)
+    return [_until_stop(tokenizer.decode(row), stops) for row in out]
 
 
-def _until(tokenizer: Any, ids: list[int], stops: list[str]) -> str:
-    eos = tokenizer.eos_token_id
-    ids = ids[: ids.index(eos)] if eos in ids else ids
-    text = str(tokenizer.decode([i for i in ids if i != tokenizer.pad_token_id]))
+def next_tokens(logits: torch.Tensor, generation: GenerationConfig, draw: torch.Generator) -> torch.Tensor:
+    """One token per row of logits (B, V) -> (B,): the likeliest at temperature 0, else drawn from what the filters leave."""
+    if generation.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / generation.temperature
+    if generation.top_k:
+        kept = logits.topk(min(generation.top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kept, float("-inf"))
+    if generation.top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # the token that crosses top_p stays
+        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= generation.top_p)
+        logits = logits.masked_fill(dropped, float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=draw)[:, 0]
+
+
+def _until_stop(text: str, stops: list[str]) -> str:
     for stop in stops:
         text = text.split(stop)[0]
     return text

@@ -35,10 +35,10 @@ def explain_load_error(error: Exception, path: Path | str, what: str) -> ModelEr
         return ModelError(f"{path}: the {what} cannot be loaded: {first}")
     if is_offline_mode():
         return ModelError(
-            f"{path}: is no local directory, and the {what} is not in the local cache (HF_HUB_OFFLINE is set);"
+            f"{path} is no local directory, and the {what} is not in the local cache (HF_HUB_OFFLINE is set);"
             " download it first (hf download), name a local directory, or unset HF_HUB_OFFLINE"
         )
     return ModelError(
-        f"{path}: is no local directory, and the {what} could not be had from the hub: {first};"
+        f"{path} is no local directory, and the {what} could not be had from the hub: {first};"
         " check the name, the network and your access rights, or name a local directory"
     )

@@ -110,13 +110,16 @@ def add_extra_tokens(tokenizer: PreTrainedTokenizerBase, extra_tokens: list[str]
         [AddedToken(t, normalized=False, lstrip=False, rstrip=False, single_word=False) for t in extra_tokens if t]
     )
     for token in extra_tokens:
+        # Between letters, as it will stand; a tokenizer of words or characters may not know the letters themselves.
         text = f"a{token}b"
         ids = tokenizer(text, add_special_tokens=False).input_ids
-        back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        if tokenizer.convert_tokens_to_ids(token) not in ids or back != text:
+        own = tokenizer.convert_tokens_to_ids(token)
+        back = tokenizer.decode([own], clean_up_tokenization_spaces=False)
+        if own not in ids or back != token:
             raise ModelError(
                 f"model.tokenizer.extra_tokens: {token!r} does not survive this tokenizer:"
-                f" {text!r} is encoded as {tokenizer.convert_ids_to_tokens(ids)} and comes back as {back!r}; remove it"
+                f" {text!r} is encoded as {tokenizer.convert_ids_to_tokens(ids)}, and the token comes back as {back!r};"
+                " remove it"
             )
     return int(added)
 

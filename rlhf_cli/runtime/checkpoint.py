@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,12 +51,11 @@ def save(
     loop_state: dict[str, Any],
     keep: int,
     bytes_needed: int,
-    protect: Collection[int] = (),
 ) -> Path:
     """Write checkpoints/step_<step> and remove older ones beyond the newest `keep`. All ranks call it.
 
     writers: called on all ranks, each with a directory of its own name. loop_state: JSON values, the same on all
-    ranks. bytes_needed: what the writers will write together. protect: steps that are kept as well, such as the best.
+    ranks. bytes_needed: what the writers will write together.
     Raises RunFailed on every rank when the disk has too little room (then nothing was written) or a write failed.
     """
     root = run_dir / DIRECTORY
@@ -66,23 +65,15 @@ def save(
     _on_main(ranks, lambda: _fresh_directory(temporary, writers))
     try:
         _together(lambda: _write_all(temporary, step, ranks, writers, loop_state))
+        files = broadcast_object(_files(temporary) if ranks.is_main else [])
+        mine = files[ranks.rank :: ranks.world_size]
+        digests = _together(lambda: {file: _digest(temporary / file, sync=True) for file in mine})
+        _on_main(ranks, lambda: _finish(temporary, digests))
     except RunFailed:
         if ranks.is_main:
             shutil.rmtree(temporary)  # a full disk: what is half written must not keep it full
         raise
-    files = broadcast_object(_files(temporary) if ranks.is_main else [])
-    mine = files[ranks.rank :: ranks.world_size]
-    digests = _together(lambda: {file: _digest(temporary / file, sync=True) for file in mine})
-
-    def finish() -> None:
-        merged = {file: digest for part in digests for file, digest in part.items()}
-        _write_json(temporary / DIGESTS, dict(sorted(merged.items())))
-        for directory in [temporary, *(temporary / writer for writer in writers)]:
-            _sync(directory)
-        _put_in_place(temporary, root / name)
-        _prune(root, step, keep, protect)
-
-    _on_main(ranks, finish)
+    _on_main(ranks, lambda: _publish(temporary, root / name, step, keep))
     return root / name
 
 
@@ -99,7 +90,7 @@ def newest_valid(run_dir: Path, report: Callable[[str], None]) -> Path | None:
         if final.exists():
             shutil.rmtree(leftover)
         else:
-            leftover.rename(final)  # killed between the two renames of _put_in_place
+            leftover.rename(final)  # killed between the two renames of _publish
     for leftover in root.glob(".tmp-step_*"):
         shutil.rmtree(leftover)
     found = sorted(_steps(root), reverse=True)
@@ -193,6 +184,29 @@ def _write_all(
         _write_json(temporary / LOOP_STATE, state)
 
 
+def _finish(temporary: Path, digests: list[dict[str, str]]) -> None:
+    """Write digests.json from each rank's part, and make sure that everything is on the disk."""
+    merged = {file: digest for part in digests for file, digest in part.items()}
+    _write_json(temporary / DIGESTS, dict(sorted(merged.items())))
+    _sync(temporary / DIGESTS)
+    for directory in {(temporary / file).parent for file in merged}:
+        _sync(directory)
+
+
+def _publish(temporary: Path, final: Path, step: int, keep: int) -> None:
+    """Give a complete checkpoint its name, and prune. One of that name is there when a run went back and came again."""
+    old = final.with_name(f".old-{final.name}")
+    if final.exists():
+        if old.exists():
+            shutil.rmtree(old)
+        os.rename(final, old)
+    os.rename(temporary, final)
+    _sync(final.parent)
+    if old.exists():
+        shutil.rmtree(old)
+    _prune(final.parent, step, keep)
+
+
 def _together(body: Callable[[], Any]) -> list[Any]:
     """Run body on every rank and return all results; if it fails on one for lack of room and such, all raise.
 
@@ -249,32 +263,18 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _put_in_place(temporary: Path, final: Path) -> None:
-    """Give a complete checkpoint its name. One of that name is there when a run went on from an older one."""
-    old = final.with_name(f".old-{final.name}")
-    if final.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        os.rename(final, old)
-    _sync(temporary / DIGESTS)
-    os.rename(temporary, final)
-    _sync(final.parent)
-    if old.exists():
-        shutil.rmtree(old)
-
-
 def _steps(root: Path) -> list[int]:
     matches = [STEP_NAME.fullmatch(path.name) for path in root.iterdir() if path.is_dir()]
     return [int(match.group(1)) for match in matches if match]
 
 
-def _prune(root: Path, step: int, keep: int, protect: Collection[int]) -> None:
+def _prune(root: Path, step: int, keep: int) -> None:
     """Remove checkpoints older than the `keep` newest; the one just written counts as the newest.
 
     Later steps than this one can only be damaged leftovers (the run would have gone on from them), and go too.
     """
     steps = sorted(_steps(root), reverse=True)
-    kept = {step, *[s for s in steps if s < step][: keep - 1], *protect}
+    kept = {step, *[s for s in steps if s < step][: keep - 1]}
     for other in steps:
         if other not in kept:
             shutil.rmtree(root / f"step_{other:08d}")

@@ -52,7 +52,7 @@ def init(timeout_seconds: float) -> Ranks:
         timeout=timedelta(seconds=timeout_seconds),
         rank=rank,
         world_size=world_size,
-        store=torch._C._distributed_c10d.HashStore() if alone else None,
+        store=dist.HashStore() if alone else None,  # type: ignore[attr-defined]
     )
     return Ranks(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
 

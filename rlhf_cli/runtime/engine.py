@@ -16,7 +16,6 @@ from typing import Any
 
 import deepspeed as ds
 import torch
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
@@ -46,6 +45,11 @@ class Engine:
     def zero_stage(self) -> int:
         """The ZeRO stage that runs: 1, 2 or 3."""
         return int(self.inner.zero_optimization_stage())
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether a step with an infinite gradient is the fp16 loss scaler at work, and no failure."""
+        return bool(self.inner.fp16_enabled())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
@@ -122,7 +126,7 @@ def make_engine(
     assert groups, "no parameter is trainable"
     if dtype == torch.float16 and not get_accelerator().is_fp16_supported():
         raise ModelError(f"model.dtype: fp16 does not run on this {ranks.device.type}; use bf16 or fp32")
-    _quiet_deepspeed()
+    _prepare_deepspeed()
     config = ds_config(deepspeed, dtype, optim.max_grad_norm)
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         _finish_sharded_model(model, dtype, ranks)
@@ -133,9 +137,7 @@ def make_engine(
     inner, *_ = ds.initialize(model=model, optimizer=optimizer, config=config)
     if twin is not None:
         # Parameters are shared; buffers are not, and DeepSpeed moved only the model's own to the device.
-        for module in twin.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(ranks.device))
+        _move_buffers(twin, ranks.device)
     return Engine(inner, twin, ranks)
 
 
@@ -171,6 +173,7 @@ def sharded_loading(deepspeed: DeepspeedConfig, dtype: torch.dtype) -> Iterator[
     if deepspeed.zero_stage != 3:
         yield
         return
+    _prepare_deepspeed()
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -242,8 +245,12 @@ def _whole_on_main(engine: Engine, value: torch.Tensor, dtype: torch.dtype | Non
         return value.detach().to("cpu", to, copy=True).contiguous()
 
 
-def _quiet_deepspeed() -> None:
+def _prepare_deepspeed() -> None:
+    """Keep it quiet, and from compiling an operator."""
     ds.utils.logger.setLevel(logging.WARNING)
+    # On CPU it would build a shared-memory all-reduce for inference, which nothing here calls: a minute of compiling,
+    # and a lock file that makes every later run wait for ever when a process is killed in between.
+    ds.ops.__compatible_ops__ = {}
     # DeepSpeed calls collectives by names that torch has begun to rename, and is warned for each call.
     warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
 
@@ -256,13 +263,15 @@ def _twin(model: nn.Module) -> nn.Module:
 def _finish_sharded_model(model: nn.Module, dtype: torch.dtype, ranks: Ranks) -> None:
     """Do for parameters added after a sharded load (adapters, heads) what DeepSpeed then leaves out.
 
-    It takes a model with one sharded parameter for a finished one: no move to the device, no cast, no broadcast.
+    It takes a model with one sharded parameter for a finished one: it casts nothing, and moves no buffer.
     """
     for parameter in model.parameters():
-        if not hasattr(parameter, "ds_id"):
-            to = dtype if parameter.is_floating_point() else parameter.dtype
-            parameter.data = parameter.data.to(ranks.device, to)
-            dist.broadcast(parameter.data, src=0)
+        if not hasattr(parameter, "ds_id") and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    _move_buffers(model, ranks.device)
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(ranks.device))
+            setattr(module, name, buffer.to(device))

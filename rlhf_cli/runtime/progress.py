@@ -30,6 +30,7 @@ class Display:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
                 TextColumn("{task.fields[figures]}"), console=self.console, transient=True,
+                redirect_stdout=False, redirect_stderr=False,  # what libraries print belongs into the rank's log
             )  # fmt: skip
             self._task = self._bar.add_task(self.title, total=total, completed=done, figures="")
             self._bar.start()

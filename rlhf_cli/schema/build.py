@@ -84,18 +84,21 @@ def suggest(key: str, cls: type) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def describe_type(hint: Any) -> str:
-    """A type as a user would say it: "integer or null", "one of a, b"."""
+def describe_type(hint: Any, limits: Mapping[str, float] | None = None) -> str:
+    """A type, and its limits, as a user would say it: "integer >= 1 or null", "one of a, b"."""
     if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(str(a) for a in typing.get_args(hint))
+        words = [str(a) for a in typing.get_args(hint)]
+        return words[0] if len(words) == 1 else "one of " + ", ".join(words)
     if _is_union(hint):
-        return " or ".join(describe_type(a) for a in typing.get_args(hint))
+        return " or ".join(describe_type(a, limits) for a in typing.get_args(hint))
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    within = f" {describe_limits(dict(limits))}" if limits else ""
     if origin is list:
-        return f"a list of {describe_type(args[0])}s".replace("one of", "").replace("ss", "s")
+        names = {int: "integers", float: "numbers", str: "texts"}
+        return f"a list of {names[args[0]]}{within}"
     if origin is dict:
         return "a mapping"
-    names = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
+    names = {int: f"integer{within}", float: f"number{within}", str: "text", bool: "true or false", type(None): "null"}
     return names.get(hint, str(hint))
 
 

@@ -77,7 +77,7 @@ class ModelConfig:
     arch: ArchConfig = section(ArchConfig, "architecture of a model from scratch")
     tokenizer: TokenizerConfig = section(TokenizerConfig, "tokenizer")
     dtype: Literal["auto", "bf16", "fp32", "fp16"] = opt(
-        "auto", "precision of weights and matrix products; auto = bf16 on a GPU that has it, fp32 on CPU"
+        "auto", "precision of weights and matrix products; auto = bf16 on a GPU (fp16 where it lacks that), fp32 on CPU"
     )
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = opt(
         "auto", "attention kernel; auto = what transformers picks"
@@ -178,7 +178,7 @@ class DataConfig:
         if self.weights is not None:
             paths = [self.path] if isinstance(self.path, str) else self.path or []
             if len(self.weights) != len(paths):
-                yield Problem("weights", f"has {len(self.weights)} entries for {len(paths)} data.path")
+                yield Problem("weights", f"has {len(self.weights)} entries, data.path has {len(paths)}; give one each")
         if self.eval_path and self.validation_split_percentage:
             yield Problem("eval_path", "contradicts data.validation_split_percentage; drop one of the two")
         if self.row_format and self.format not in ("auto", "text_only"):

@@ -1,0 +1,77 @@
+"""`rlhf sft` inside the ranks of a test pool: configs from words as on the command line, tiny data made here."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_cli.config.compose import compose_stage
+from rlhf_cli.config.freeze import freeze
+from rlhf_cli.runtime.distributed import Ranks, barrier
+from rlhf_cli.runtime.process import RankProcess
+from rlhf_cli.runtime.stop import StopWatch
+from rlhf_cli.schema import SftConfig
+from rlhf_cli.stages import sft
+
+NOUNS = ["river", "king", "horse", "garden", "letter", "storm", "sword", "rose"]
+VERBS = ["sees", "takes", "loves", "fears", "follows"]
+
+
+def write_dialogues(path: Path, rows: int = 40, seed: int = 0) -> Path:
+    """Ragged prompt/response rows of a small language."""
+    draw = random.Random(seed)
+    sentence = lambda: f"the {draw.choice(NOUNS)} {draw.choice(VERBS)} the {draw.choice(NOUNS)}"
+    lines = []
+    for _ in range(rows):
+        answer = ", ".join(sentence() for _ in range(draw.randint(1, 4)))
+        lines.append(json.dumps({"prompt": f"{sentence()}?", "response": f"{answer}."}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def words(data: Path, **more: Any) -> list[str]:
+    """A run of a tiny Llama from scratch on `data`; more: option=value, `__` for the dot."""
+    base: dict[str, Any] = {
+        "model.init": "scratch",
+        "model.arch.hidden_size": 32,
+        "model.arch.num_layers": 4,
+        "model.arch.num_heads": 2,
+        "model.arch.intermediate_size": 48,
+        "model.tokenizer.train": "char",
+        "data.path": data,
+        "data.template": "hh",
+        "data.max_length": 256,
+        "data.cache_dir": data.parent / "cache",
+        "optim.lr": 0.01,
+        "optim.weight_decay": 0.1,
+        "train.global_batch_size": 8,
+        "train.micro_batch_size": 4,
+        "train.max_steps": 12,
+        "generation.num_prompts": 0,
+        "logging.tensorboard": "false",
+        "logging.progress": "none",
+    }
+    base |= {key.replace("__", "."): value for key, value in more.items()}
+    return [f"{key}={value}" for key, value in base.items()]
+
+
+def quiet_process(ranks: Ranks, run_dir: Path) -> RankProcess:
+    return RankProcess(ranks.rank, ranks.local_rank, ranks.world_size, io.StringIO(), StopWatch(run_dir, ranks.rank))
+
+
+def run_sft(ranks: Ranks, run_dir: str, overrides: list[str]) -> dict[str, float]:
+    """What a rank of `rlhf sft *overrides run_dir=...` does; returns the final figures."""
+    composed = compose_stage("sft", overrides)
+    assert not composed.problems + composed.unmet, composed.problems + composed.unmet
+    config: SftConfig = composed.config
+    where = Path(run_dir)
+    if ranks.is_main:
+        freeze(where, composed.values | {"run_dir": run_dir})
+    barrier()
+    torch.set_num_threads(1)
+    return sft.fine_tune(config, where, quiet_process(ranks, where), ranks)
