@@ -12,7 +12,7 @@ from rlhf_cli.data.dataset import Prepared, prepare
 from rlhf_cli.data.stream import train_texts
 from rlhf_cli.data.templates import TEMPLATES, Template, resolve_template
 from rlhf_cli.errors import CheckpointError, ModelError
-from rlhf_cli.files import directory_aside
+from rlhf_cli.files import check_space, directory_aside
 from rlhf_cli.loop import LoopState
 from rlhf_cli.models.head import enable_loss
 from rlhf_cli.models.load import enable_gradient_checkpointing, load_config, load_policy
@@ -173,6 +173,7 @@ def write_model(
     config: SftConfig, model: nn.Module, weights: dict[str, torch.Tensor], text: Text, directory: Path
 ) -> None:
     """The final model in HF layout, or the adapter in PEFT's."""
+    check_space(directory.parent, sum(t.nbytes for t in weights.values()), "the final model")
     jinja = None if text.template.name in ("none", "tokenizer") else text.template.jinja
     if config.lora.enabled:
         base = str(Path(model_dir(str(config.model.path))[0]))

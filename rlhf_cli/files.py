@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.errors import RunFailed
+
 
 def write_text(path: Path, text: str) -> None:
     """Write aside, then rename over `path`."""
@@ -35,12 +37,36 @@ def directory_aside(final: Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     yield aside
+    for path in aside.rglob("*"):
+        if path.is_file():
+            _sync(path)
     replaced = final.with_name(f".{final.name}.old")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
         final.rename(replaced)
     aside.rename(final)
+    _sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Onto the disk, so that a rename never survives a power cut without the contents."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def check_space(directory: Path, num_bytes: int, what: str) -> None:
+    """Raise RunFailed before anything is written when `directory` has no room for `num_bytes`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(directory).free
+    if free < num_bytes:
+        raise RunFailed(
+            f"no room for {what} in {directory}: needs {num_bytes / 1e9:.2f} GB, free are {free / 1e9:.2f} GB;"
+            " make room and start the same command again"
+        )
 
 
 def digest_file(path: Path) -> str:

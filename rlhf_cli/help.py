@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import textwrap
 import typing
 from typing import Any
@@ -68,10 +69,11 @@ def stage_help(stage: StageInfo) -> str:
 def option_lines(config: type) -> list[str]:
     """Every option of a config, a head line for each section."""
     lines: list[str] = []
+    width = max(60, min(110, shutil.get_terminal_size((110, 24)).columns))
     hints = _leaf_hints(config)
     for key, field in known_keys(config).items():
         lines.append(f"  {key}  ({describe_option(hints[key], field)})")
-        lines += textwrap.wrap(field.metadata["help"], 110, initial_indent="      ", subsequent_indent="      ")
+        lines += textwrap.wrap(field.metadata["help"], width, initial_indent="      ", subsequent_indent="      ")
     return lines
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_cli.files import directory_aside
+from rlhf_cli.files import check_space, directory_aside
 from rlhf_cli.loop import LoopState
 from rlhf_cli.rundir import update_manifest
 from rlhf_cli.runtime import checkpoint, engine_state, manifest
@@ -129,6 +129,7 @@ def save_best(run: Run, engine: Engine, step: int, only_trainable: bool) -> None
     """Keep the weights of this step aside. Older bests go when a checkpoint knows the new one."""
     weights = gathered_state_dict(engine, only_trainable=only_trainable)
     if run.ranks.is_main:
+        check_space(run.run_dir, sum(t.nbytes for t in weights.values()), "the best weights so far")
         with directory_aside(best_dir(run.run_dir, step)) as aside:
             save_file(_untied(weights), aside / "weights.safetensors")
     barrier()

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 
 from rlhf_cli import job
 from rlhf_cli.config.compose import compose_stage
-from rlhf_cli.errors import EXIT_DONE, EXIT_FAILED, ConfigError, Problem, RlhfError
+from rlhf_cli.errors import EXIT_DONE, EXIT_FAILED, RlhfError
 from rlhf_cli.rundir import read_manifest
 
 

@@ -6,6 +6,7 @@ import difflib
 import glob
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from rlhf_cli.errors import ModelError, Problem
@@ -31,6 +32,8 @@ def check_request(config: SftConfig, world_size: int, has_gpu: bool, weights_nee
         yield from check_model_path("model.path", config.model.path, weights_needed)
     if config.model.tokenizer.path:
         yield from check_tokenizer_path(config.model.tokenizer.path)
+    if config.logging.wandb and find_spec("wandb") is None:
+        yield Problem("logging.wandb", "needs a package that is not installed: pip install 'rlhf-cli[wandb]'")
     if not has_gpu and weights_needed:
         yield from check_cpu(config.model)
 

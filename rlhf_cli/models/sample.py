@@ -59,7 +59,7 @@ def sample_texts(
 
 
 def next_tokens(logits: torch.Tensor, generation: GenerationConfig, draw: torch.Generator) -> torch.Tensor:
-    """One token per row of logits (B, V) -> (B,): the likeliest at temperature 0, else drawn from what the filters leave."""
+    """One token per row of logits (B, V) -> (B,): the likeliest at temperature 0, else drawn after the filters."""
     if generation.temperature == 0:
         return logits.argmax(-1)
     logits = logits / generation.temperature

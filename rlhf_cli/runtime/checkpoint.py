@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_cli.errors import CheckpointError, RunFailed
+from rlhf_cli.files import check_space
 from rlhf_cli.runtime.distributed import Ranks, barrier, broadcast_object, gather_objects
 from rlhf_cli.runtime.seed import rng_state, seed_everything, set_rng_state
 
@@ -148,16 +149,7 @@ def load(path: Path, readers: Mapping[str, Writer], ranks: Ranks, seed: int) -> 
 
 
 def _check_space(root: Path, needed: int, ranks: Ranks) -> None:
-    def check() -> None:
-        root.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(root).free
-        if free < needed:
-            raise RunFailed(
-                f"no room for a checkpoint in {root}: needs {needed / 1e9:.2f} GB, free are {free / 1e9:.2f} GB;"
-                " make room and start the same command again, or lower train.keep_checkpoints"
-            )
-
-    _on_main(ranks, check)
+    _on_main(ranks, lambda: check_space(root, needed, "a checkpoint"))
 
 
 def _fresh_directory(temporary: Path, writers: Mapping[str, Writer]) -> None:

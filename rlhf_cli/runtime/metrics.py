@@ -46,11 +46,6 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log(numbers, step=line["step"])
 
-    def text(self, tag: str, text: str, step: int) -> None:
-        """Sample texts, for the trackers that can show them."""
-        if self._tensorboard is not None:
-            self._tensorboard.add_text(tag, text, step)
-
     def close(self) -> None:
         """Flush everything."""
         self._file.close()

@@ -1,0 +1,77 @@
+"""Words of a command line that are easy to get wrong: mappings, column names of all kinds, blanks around =."""
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_cli.config.compose import compose_stage
+from rlhf_cli.config.freeze import freeze, standing
+from rlhf_cli.errors import ConfigError
+from rlhf_cli.schema import SftConfig, build, to_dict
+from rlhf_cli.sweep import split
+
+
+@pytest.mark.parametrize(
+    ("words", "columns"),
+    [
+        (["data.columns={prompt: Frage, response: Antwort}"], {"prompt": "Frage", "response": "Antwort"}),
+        (["data.columns.prompt=Frage", "data.columns.response=Antwort"], {"prompt": "Frage", "response": "Antwort"}),
+        (["data.columns.prompt=Größe"], {"prompt": "Größe"}),
+        (["data.columns.prompt=My column (the first)"], {"prompt": "My column (the first)"}),
+        (["data.columns.prompt=a=b {c}"], {"prompt": "a=b {c}"}),
+    ],
+)
+def test_columns_are_named_on_the_command_line(words: list[str], columns: dict[str, str]) -> None:
+    composed = compose_stage("sft", words)
+    assert composed.problems == []
+    assert composed.config is not None
+    assert composed.config.data.columns == columns
+
+
+def test_deepspeeds_json_is_merged_into_the_chosen_group() -> None:
+    config = compose_stage("sft", ["deepspeed=zero3", "deepspeed.json.zero_optimization.sub_group_size=1000000"]).config
+    assert config is not None
+    assert config.deepspeed.json["zero_optimization"]["sub_group_size"] == 1000000
+    assert config.deepspeed.zero_stage == 3
+
+
+def test_blanks_around_the_sign_are_one_clear_remark() -> None:
+    found = [str(p) for p in compose_stage("sft", ["optim.lr", "=", "3"]).problems]
+    assert found == [
+        "'optim.lr' is not of the form key=value",
+        "'=' is not of the form key=value (no blanks around =)",
+        "'3' is not of the form key=value",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("lora=zzz", "lora: has no option 'zzz'; allowed: none, qlora, r16"),
+        ("lora=r17", "lora: has no option 'r17'; did you mean r16? allowed: none, qlora, r16"),
+    ],
+)
+def test_an_unknown_choice_lists_the_known_ones(word: str, message: str) -> None:
+    (problem,) = compose_stage("sft", [word]).problems
+    assert str(problem) == message
+
+
+def test_a_sweep_splits_what_has_several_values_and_leaves_the_rest_as_typed() -> None:
+    fixed = ["data.row_format={Frage} {Antwort}", "data.path=[a.jsonl,b.csv]", "lora=r16"]
+    runs = split(["optim.lr=1,2", *fixed, "train.seed=3,4"])
+    assert runs == [
+        [*fixed, "optim.lr=1", "train.seed=3"],
+        [*fixed, "optim.lr=1", "train.seed=4"],
+        [*fixed, "optim.lr=2", "train.seed=3"],
+        [*fixed, "optim.lr=2", "train.seed=4"],
+    ]
+    assert split(fixed) == [fixed]
+
+
+def test_columns_that_are_new_are_named_alone(tmp_path: Path) -> None:
+    before = to_dict(build(SftConfig, {"model": {"path": "m"}, "data": {"path": "d"}}))
+    freeze(tmp_path, before)
+    after = {**before, "data": {**before["data"], "columns": {"prompt": "Frage"}}}
+    with pytest.raises(ConfigError) as error:
+        standing(tmp_path, after, "auto")
+    assert str(error.value).splitlines()[1:] == ["  - data.columns.prompt: was None in this run, now 'Frage'"]
