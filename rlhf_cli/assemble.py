@@ -72,6 +72,17 @@ def _trained_tokenizer(config: SftConfig, folder: Path, run: Run | None) -> Any:
     return load_tokenizer(folder)
 
 
+def describe_template(template: Template, data: Prepared) -> str:
+    """One line for the user; a dialogue without a template is hardly ever meant."""
+    dialogues = {f for info in data.info for f in info["formats"]} - {"text_only"}
+    line = f"template: {template.name}"
+    if template.name == "none" and dialogues:
+        line += (
+            "; prompt and response stand without anything between them (data.template=hh, chatml or alpaca marks them)"
+        )
+    return line
+
+
 def load_data(config: SftConfig, text: Text, run: Run) -> Prepared:
     """Token rows, from the cache or made by the first rank of each machine."""
     with local_first(run.ranks):
@@ -176,7 +187,9 @@ def write_model(
     check_space(directory.parent, sum(t.nbytes for t in weights.values()), "the final model")
     jinja = None if text.template.name in ("none", "tokenizer") else text.template.jinja
     if config.lora.enabled:
-        base = str(Path(model_dir(str(config.model.path))[0]))
+        source = model_dir(str(config.model.path))[0]
+        # An adapter is found from anywhere; a hub id stays one.
+        base = str(Path(source).resolve()) if Path(source).is_dir() else source
         save_adapter(model, weights, directory, text.tokenizer, base, jinja)
         return
     plain = plain_model(model)

@@ -41,7 +41,7 @@ def plan_run(config: SftConfig, data: Prepared, architecture: Any, world_size: i
         checkpoint += dtype.itemsize * memory.total_params
     accumulation = grad_accum_steps(settings.global_batch_size, settings.micro_batch_size, world_size)
     per_epoch = plan.steps_per_epoch(rows, settings.global_batch_size)
-    batch = f"{settings.global_batch_size} rows a step = {settings.micro_batch_size} sequences x {world_size} ranks"
+    batch = f"{settings.global_batch_size} rows a step = {settings.micro_batch_size} sequences x {_ranks(world_size)}"
     saved = (
         f"{settings.keep_checkpoints} kept" if settings.save_every else "written when interrupted (train.save_every=0)"
     )
@@ -70,6 +70,10 @@ def _describe_data(data: Prepared, rows: int) -> str:
 def _parts(memory: MemoryEstimate) -> str:
     names = ("weights", "gathered", "gradients", "optimizer", "buckets", "activations", "head")
     return ", ".join(f"{name} {_gib(getattr(memory, name))}" for name in names if getattr(memory, name))
+
+
+def _ranks(count: int) -> str:
+    return "1 rank" if count == 1 else f"{count} ranks"
 
 
 def _gib(count: int) -> str:

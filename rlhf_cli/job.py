@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_cli.config.compose import Composed, compose_stage
-from rlhf_cli.config.freeze import default_run_dir, freeze, lock, standing
+from rlhf_cli.config.freeze import clear_false_start, default_run_dir, freeze, lock, standing
 from rlhf_cli.config.requests import check_request
 from rlhf_cli.errors import EXIT_DONE, ConfigError, Problem
 from rlhf_cli.launch import JobResult, run_job, visible_gpus, world_size
@@ -67,7 +67,11 @@ def start(
         echo(f"{where}: {note}")
     where.mkdir(parents=True, exist_ok=True)
     with lock(where):
+        if found.state == "new":
+            clear_false_start(where)
         frozen = freeze(where, values)
+        ranks = world_size(config.launch)
+        echo(f"{where}: {found.state} run, {ranks} {'rank' if ranks == 1 else 'ranks'}")
         result = run_job(frozen, where, config.launch, echo)
         return Outcome(_settle(where, result), where)
 

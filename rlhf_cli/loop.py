@@ -189,7 +189,7 @@ def _one_step(
     if not math.isfinite(means["loss"]) or (not math.isfinite(grad_norm) and not engine.scales_loss):
         raise RunFailed(
             f"step {state.step}: loss {means['loss']}, gradient norm {grad_norm}: no longer a number."
-            " The newest checkpoint before it is kept. Lower optim.lr, use model.dtype=bf16 or fp32, or look at the"
+            " Checkpoints written before it are kept. Lower optim.lr, use model.dtype=bf16 or fp32, or look at the"
             " data of this step."
         )
     line = {

@@ -228,7 +228,10 @@ def freeze(model: torch.nn.Module, part: str) -> None:
 
 
 def lora(ranks: Ranks, stage: int, model_dir: str | None = None, dtype: str = "fp32") -> Any:
-    """(trainable weights, frozen weights changed) after two LoRA steps, the base loaded sharded if model_dir is set."""
+    """(all weights before, adapter after, names changed, dtypes of the adapter) of two LoRA steps.
+
+    The base is loaded from model_dir, sharded under stage 3, or made at random without one.
+    """
     from peft import LoraConfig, get_peft_model
 
     with engines.sharded_loading(deepspeed_config(stage), DTYPES[dtype]):
@@ -243,10 +246,11 @@ def lora(ranks: Ranks, stage: int, model_dir: str | None = None, dtype: str = "f
     for step in range(2):
         one_step(engine, step, 2)
     after = weights(engine)
-    adapter = {n: t.float().numpy() for n, t in engines.gathered_state_dict(engine, only_trainable=True).items()}
+    tensors = engines.gathered_state_dict(engine, only_trainable=True)
+    adapter = {n: t.float().numpy() for n, t in tensors.items()}
     changed = sorted(n for n in after if not np.array_equal(before[n], after[n]))
     engine.destroy()
-    return before, adapter, changed
+    return before, adapter, changed, sorted({str(t.dtype) for t in tensors.values()})
 
 
 def load_and_train(ranks: Ranks, stage: int, model_dir: str, dtype: str) -> Any:

@@ -19,7 +19,12 @@ from rlhf_cli.runtime.metrics import read_metrics
 from tests.stage_cases import words, write_dialogues
 
 RLHF = [sys.executable, "-m", "rlhf_cli"]
-SLOW_STEPS = {"train__max_steps": 30, "train__save_every": 4, "train__keep_checkpoints": 2, "train__global_batch_size": 32}
+SLOW_STEPS = {
+    "train__max_steps": 30,
+    "train__save_every": 4,
+    "train__keep_checkpoints": 2,
+    "train__global_batch_size": 32,
+}
 
 
 def rlhf(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -116,7 +121,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(run_dir: Path, overrides: list[str]) -> subprocess.Popen[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = (run_dir.parent / "front.log").open("a")
-    return subprocess.Popen([*RLHF, "sft", *overrides, f"run_dir={run_dir}"], env=env, stdout=log, stderr=log, text=True)
+    return subprocess.Popen(
+        [*RLHF, "sft", *overrides, f"run_dir={run_dir}"], env=env, stdout=log, stderr=log, text=True
+    )
 
 
 def wait_for_step(run_dir: Path, step: int, front: subprocess.Popen[str]) -> None:

@@ -238,6 +238,11 @@ def test_standing_of_a_run_directory(tmp_path: Path) -> None:
     values = to_dict(build(SftConfig, {"model": {"path": "m"}, "data": {"path": "d"}}))
     assert standing(run_dir, values, "auto").state == "new"
     freeze(run_dir, values)
+    changed = values | {"run_dir": "elsewhere", "train": values["train"] | {"seed": 9}}
+    assert standing(run_dir, changed, "auto").state == "new", (
+        "no step was reached, so a corrected config may take its place"
+    )
+    (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
     assert standing(run_dir, values, "auto").state == "unfinished"
     (run_dir / "manifest.json").write_text('{"status": "complete"}')
     assert standing(run_dir, values, "auto").state == "finished"
@@ -249,6 +254,9 @@ def test_standing_of_a_run_directory(tmp_path: Path) -> None:
     other["launch"]["num_processes"] = 4
     assert standing(run_dir, other, "auto").state == "finished"
     other["train"]["epochs"] = 2.0
+    with pytest.raises(ConfigError, match=r"train\.epochs: cannot grow: .* kept no checkpoint"):
+        standing(run_dir, other, "auto")
+    (run_dir / "checkpoints" / "step_00000001").mkdir(parents=True)
     grown = standing(run_dir, other, "auto")
     assert (grown.state, grown.notes) == ("unfinished", ["train.epochs grows from 1.0 to 2.0"])
     other["optim"]["lr"] = 1.0

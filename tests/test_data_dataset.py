@@ -218,7 +218,10 @@ def test_hh_pairs_train_the_last_reply(run: Run, tmp_path: Path) -> None:
 def test_train_texts_leave_the_evaluation_split_out(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ["a", "b", "", "c"])
     assert list(train_texts(DataConfig(path=str(path)), TEMPLATES["none"])) == ["a", "b", "c"]
-    assert list(train_texts(DataConfig(path=str(path), validation_split_percentage=10), TEMPLATES["none"])) == ["a", "b"]
+    assert list(train_texts(DataConfig(path=str(path), validation_split_percentage=10), TEMPLATES["none"])) == [
+        "a",
+        "b",
+    ]
 
 
 def test_chunks_do_not_change_the_tokens(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

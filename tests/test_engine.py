@@ -121,12 +121,13 @@ def test_sharded_loading(run_on_ranks: Any, saved_llama: str, dtype: str) -> Non
 
 @pytest.mark.parametrize(("stage", "loaded"), [(2, False), (3, False), (3, True)])
 def test_lora_trains_and_exports_the_adapter(run_on_ranks: Any, saved_llama: str, stage: int, loaded: bool) -> None:
-    before, adapter, changed = run_on_ranks(
+    before, adapter, changed, dtypes = run_on_ranks(
         2, "tests.dist_cases:lora", stage=stage, model_dir=saved_llama if loaded else None
     )[0]
     reference = run_on_ranks(1, "tests.dist_cases:lora", stage=2)[0]
     # 2 layers x (q_proj, down_proj) x (A, B) = 8
     assert len(adapter) == 8
+    assert dtypes == ["torch.float32"]
     assert sorted(adapter) == changed == sorted(n for n in before if "lora_" in n)
     assert all(np.abs(adapter[name] - reference[1][name]).max() < 1e-5 for name in adapter)
 
@@ -135,6 +136,7 @@ def test_lora_in_bf16_on_a_sharded_base(run_on_ranks: Any, saved_llama: str) -> 
     case = {"dtype": "bf16", "model_dir": saved_llama}
     whole = run_on_ranks(2, "tests.dist_cases:lora", stage=2, **case)[0]
     sharded = run_on_ranks(2, "tests.dist_cases:lora", stage=3, **case)[0]
+    assert whole[3] == sharded[3] == ["torch.bfloat16"]
     assert len(sharded[1]) == 8
     assert sharded[2] == sorted(sharded[1])
     assert all(np.abs(sharded[1][name] - whole[1][name]).max() < 1e-2 for name in whole[1])  # two steps of 1e-2, 3e-3

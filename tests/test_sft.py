@@ -93,7 +93,9 @@ def test_a_run_repeats_itself_bitwise(run_on_ranks: Runner, data: Path, tmp_path
 # --- resuming
 
 
-@pytest.mark.parametrize("options", [{"model__arch__dropout": 0.1, "model__arch__type": "gpt2"}, {"data__packing": "true"}])
+@pytest.mark.parametrize(
+    "options", [{"model__arch__dropout": 0.1, "model__arch__type": "gpt2"}, {"data__packing": "true"}]
+)
 def test_a_run_that_goes_on_equals_one_that_never_stopped(
     run_on_ranks: Runner, data: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
@@ -130,7 +132,9 @@ def test_other_data_on_resume_is_refused(run_on_ranks: Runner, tmp_path: Path) -
     run_on_ranks(1, RUN, run_dir=str(tmp_path / "r"), overrides=words(path, train__max_steps=2, train__save_every=1))
     write_dialogues(path, seed=1)
     with pytest.raises(AssertionError, match="the data has changed since"):
-        run_on_ranks(1, RUN, run_dir=str(tmp_path / "r"), overrides=words(path, train__max_steps=4, train__save_every=1))
+        run_on_ranks(
+            1, RUN, run_dir=str(tmp_path / "r"), overrides=words(path, train__max_steps=4, train__save_every=1)
+        )
 
 
 # --- the right parameters
@@ -158,7 +162,10 @@ def test_last_layers_change_and_nothing_else(
 
 
 def test_patterns_change_and_nothing_else(run_on_ranks: Runner, base: Path, data: Path, tmp_path: Path) -> None:
-    options = {"model__trainable__mode": "patterns", "model__trainable__patterns": r"['layers\.[02].*q_proj','lm_head']"}
+    options = {
+        "model__trainable__mode": "patterns",
+        "model__trainable__patterns": r"['layers\.[02].*q_proj','lm_head']",
+    }
     run_on_ranks(1, RUN, run_dir=str(tmp_path / "r"), overrides=from_base(base, data, train__max_steps=2, **options))
     names = {f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 2)} | {"lm_head.weight"}
     assert changed(weights(base), weights(tmp_path / "r")) == names
@@ -232,7 +239,9 @@ def test_the_run_directory_loads_in_transformers_and_generates_the_same(
         text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).split("###Human")[0]
         assert text == sample["response"]
         prompt = sample["prompt"].removeprefix("###Human: ").removesuffix("###Assistant:")
-        chat = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
         assert chat == sample["prompt"]
 
 
@@ -273,8 +282,12 @@ def test_early_stopping_keeps_the_best_weights(run_on_ranks: Runner, data: Path,
     assert line["eval_loss"] == pytest.approx(curve[best], abs=1e-5)
 
 
-def test_the_manifest_tells_where_a_run_comes_from(run_on_ranks: Runner, base: Path, data: Path, tmp_path: Path) -> None:
-    run_on_ranks(1, RUN, run_dir=str(tmp_path / "r"), overrides=from_base(base, data, train__max_steps=1, data__template="auto"))
+def test_the_manifest_tells_where_a_run_comes_from(
+    run_on_ranks: Runner, base: Path, data: Path, tmp_path: Path
+) -> None:
+    run_on_ranks(
+        1, RUN, run_dir=str(tmp_path / "r"), overrides=from_base(base, data, train__max_steps=1, data__template="auto")
+    )
     manifest = read_manifest(tmp_path / "r")
     assert manifest["status"] == "complete"
     assert manifest["template"] == "hh", "the template travels with the model"

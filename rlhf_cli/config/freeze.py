@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
@@ -46,26 +47,51 @@ def standing(run_dir: Path, values: dict[str, Any], resume: str) -> Standing:
     if not frozen_path.is_file():
         foreign = [p.name for p in run_dir.iterdir() if not p.name.startswith(".")] if run_dir.is_dir() else []
         if foreign:
+            names = ", ".join(sorted(foreign)[:3])
             raise ConfigError(
-                [
-                    Problem(
-                        "run_dir",
-                        f"{run_dir} is no run directory and not empty"
-                        f" ({', '.join(sorted(foreign)[:3])} ...); name another",
-                    )
-                ]
+                [Problem("run_dir", f"{run_dir} is no run directory and not empty ({names} ...); name another")]
             )
         return Standing("new", [])
     if resume == "never":
         raise ConfigError(
             [Problem("run_dir", f"{run_dir} already holds a run; resume=auto continues it, or name another run_dir")]
         )
-    old = yaml.safe_load(frozen_path.read_text(encoding="utf-8"))
-    notes = _differences(run_dir, old, values)
-    status = read_manifest(run_dir).get("status")
-    if status == "complete" and not notes:
-        return Standing("finished", [])
+    if not _reached_a_step(run_dir):
+        # A first start that failed over its data or its model must not bind the corrected one.
+        return Standing("new", ["an earlier start never reached a step; starting over"])
+    notes = _differences(run_dir, yaml.safe_load(frozen_path.read_text(encoding="utf-8")), values)
+    if read_manifest(run_dir).get("status") == "complete":
+        if not notes:
+            return Standing("finished", [])
+        if not _checkpoints(run_dir):
+            grown = ", ".join(note.split()[0] for note in notes)
+            raise ConfigError(
+                [
+                    Problem(
+                        grown,
+                        f"cannot grow: {run_dir} is finished and kept no checkpoint"
+                        " (train.save_every=0); start from its model in another run_dir:"
+                        f" model.path={run_dir}",
+                    )
+                ]
+            )
     return Standing("unfinished", notes)
+
+
+def clear_false_start(run_dir: Path) -> None:
+    """Remove what a start that never reached a step may have left for the next one to stumble over."""
+    for name in ("tokenizer", "checkpoints", "tensorboard"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    (run_dir / "manifest.json").unlink(missing_ok=True)
+
+
+def _reached_a_step(run_dir: Path) -> bool:
+    metrics = run_dir / "metrics.jsonl"
+    return (metrics.is_file() and metrics.stat().st_size > 0) or bool(_checkpoints(run_dir))
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    return list((run_dir / "checkpoints").glob("step_*"))
 
 
 def _differences(run_dir: Path, old: dict[str, Any], new: dict[str, Any]) -> list[str]:

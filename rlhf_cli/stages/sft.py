@@ -19,6 +19,7 @@ from rlhf_cli.assemble import (
     Text,
     build_model,
     check_length,
+    describe_template,
     load_data,
     load_text,
     make_or_resume,
@@ -73,6 +74,7 @@ def fine_tune(config: SftConfig, run_dir: Path, process: RankProcess, ranks: Ran
     text = load_text(config, run_dir, run)
     data = load_data(config, text, run)
     run.update_manifest(template=text.template.name, data=data.info)
+    run.say(describe_template(text.template, data))
 
     dtype = resolve_dtype(config.model.dtype, run.ranks.device)
     checkpoints = Checkpoints(run, {})
@@ -110,9 +112,7 @@ def dry_run(config: SftConfig, world_size: int) -> None:
     check_length(architecture, config.data.max_length)
     # Several ranks are several GPUs, also when they are planned on a machine without.
     planned = plan_run(config, data, architecture, world_size, for_gpu=torch.cuda.is_available() or world_size > 1)
-    Display(sys.stdout, "none", "sft").table(
-        f"rlhf sft --dry-run: {world_size} ranks, nothing was started", planned.rows
-    )
+    Display(sys.stdout, "none", "sft").table("rlhf sft --dry-run: nothing was started", planned.rows)
 
 
 # --- figures and the end
