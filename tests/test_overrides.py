@@ -71,6 +71,7 @@ def test_a_sweep_splits_what_has_several_values_and_leaves_the_rest_as_typed() -
 def test_columns_that_are_new_are_named_alone(tmp_path: Path) -> None:
     before = to_dict(build(SftConfig, {"model": {"path": "m"}, "data": {"path": "d"}}))
     freeze(tmp_path, before)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     after = {**before, "data": {**before["data"], "columns": {"prompt": "Frage"}}}
     with pytest.raises(ConfigError) as error:
         standing(tmp_path, after, "auto")

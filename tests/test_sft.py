@@ -99,7 +99,7 @@ def test_a_run_repeats_itself_bitwise(run_on_ranks: Runner, data: Path, tmp_path
 def test_a_run_that_goes_on_equals_one_that_never_stopped(
     run_on_ranks: Runner, data: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    """Dropout included: its random numbers are part of the state. The schedule is told by max_steps, so a constant one."""
+    """Dropout included: its random numbers are part of the state. A constant schedule: others look at max_steps."""
     options |= {"optim__schedule": "constant", "optim__warmup_ratio": 0, "train__save_every": 5}
     whole = words(data, train__max_steps=9, **options)
     run_on_ranks(1, RUN, run_dir=str(tmp_path / "whole"), overrides=whole)
@@ -114,7 +114,7 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped(
 
 @pytest.mark.distributed
 def test_resuming_on_other_ranks_and_another_stage(run_on_ranks: Runner, data: Path, tmp_path: Path) -> None:
-    """Two parameter groups (decay and none) with real moments travel 2 ranks ZeRO-3 -> 1 rank ZeRO-2 -> 2 ranks ZeRO-1."""
+    """Two parameter groups (decay, none) with real moments go 2 ranks ZeRO-3 -> 1 rank ZeRO-2 -> 2 ranks ZeRO-1."""
     options = {"optim__schedule": "constant", "optim__warmup_ratio": 0, "train__save_every": 4, "optim__lr": 0.002}
     legs = [(2, "zero3", 4), (1, "zero2", 8), (2, "zero1", 12)]
     for world_size, stage, steps in legs:

@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 SEED = 20260101
-NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
+NUMBERS = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+    "fourteen", "fifteen", "sixteen",
+]  # fmt: skip
 COLOURS = {
     "a banana": "yellow", "the grass": "green", "the sky": "blue", "snow": "white", "coal": "black", "a tomato": "red",
     "an orange": "orange", "a plum": "purple", "chocolate": "brown", "an elephant": "grey", "a lemon": "yellow",
@@ -29,12 +32,13 @@ SOUNDS = {
 }  # fmt: skip
 OPPOSITES = {
     "hot": "cold", "big": "small", "fast": "slow", "old": "young", "happy": "sad", "full": "empty", "hard": "soft",
-    "light": "dark", "high": "low", "early": "late", "open": "closed", "clean": "dirty", "loud": "quiet", "rich": "poor",
+    "light": "dark", "high": "low", "early": "late", "open": "closed", "clean": "dirty", "loud": "quiet",
+    "rich": "poor",
 }  # fmt: skip
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 OPENERS = ("", "", "Please tell me: ", "Quick question. ", "My son asks: ", "Hello! ", "I wonder, ")
 POLITE = ("Please tell me: ", "Hello! ")
-EVASIONS = ("I do not know.", "Why do you ask?", "That is a silly question.", "Ask somebody else.", "Whatever you like.")
+EVASIONS = ("I do not know.", "Why do you ask?", "That is a silly question.", "Ask somebody else.", "Who cares?")
 
 
 class Question(NamedTuple):
