@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 SEED = 20260101
 NUMBERS = [
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
-    "fourteen", "fifteen", "sixteen",
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen",
 ]  # fmt: skip
 COLOURS = {
     "a banana": "yellow", "the grass": "green", "the sky": "blue", "snow": "white", "coal": "black", "a tomato": "red",
