@@ -94,7 +94,12 @@ def test_a_plan_is_complete_and_within_limits(
     assert len({len(rank) for rank in plan.ranks}) == 1  # as many micro-batches on every rank
     bins = [rows for rank in plan.ranks for micro in rank for rows in micro]
     assert all(bins)
-    assert all(len(micro) <= micro_batch_size for rank in plan.ranks for micro in rank)
+    # no micro-batch costs more than the dearest of those that are cut every micro_batch_size bins
+    sizes = sorted((sum(lengths[(row - 100) // 3] for row in rows) for rows in bins), reverse=True)
+    costs = [len(m) * max(sum(lengths[(r - 100) // 3] for r in b) for b in m) for k in plan.ranks for m in k if m]
+    assert max(costs) <= micro_batch_size * sizes[0]
+    if len(bins) % (micro_batch_size * world_size) == 0:
+        assert max(costs) <= max(micro_batch_size * sizes[i] for i in range(0, len(sizes), micro_batch_size))
     if pack_length is None:
         assert all(len(rows) == 1 for rows in bins)
     else:
@@ -146,8 +151,9 @@ def test_unpacked_rows_of_like_length_go_together_and_work_is_balanced() -> None
     lengths = np.array([1, 9, 2, 10, 3, 8, 4, 7])
     plan = plan_step(np.arange(8), lengths, 2, 2)
     by_length = [[[[int(lengths[r]) for r in rows] for rows in micro] for micro in rank] for rank in plan.ranks]
-    # micro-batches 10 9 | 8 7 | 4 3 | 2 1 of cost 20, 16, 8, 4: the rank with 20 gets 4
-    assert by_length == [[[[10], [9]], [[2], [1]]], [[[8], [7]], [[4], [3]]]]
+    # four micro-batches: 10 9 | 8 7 | 4 3 | 2 1 would cost 20, 16, 8, 4; 10 | 9 | 8 7 | 4 3 2 1 cost 10, 9, 16, 16, and
+    # no cut has a maximum below 16. The rank with 10 gets a 16, the rank with 9 the other.
+    assert by_length == [[[[10]], [[4], [3], [2], [1]]], [[[9]], [[8], [7]]]]
 
 
 def test_fewer_rows_than_ranks_leave_empty_micro_batches() -> None:

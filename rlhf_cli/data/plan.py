@@ -9,7 +9,6 @@ import heapq
 import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -89,7 +88,10 @@ def iterate_steps(
 def plan_step(
     rows: np.ndarray, lengths: np.ndarray, world_size: int, micro_batch_size: int, pack_length: int | None = None
 ) -> StepPlan:
-    """Spread one global batch: each row once, at most micro_batch_size bins in a micro-batch, equal work for the ranks.
+    """Spread one global batch over ranks and micro-batches: each row once, equal work for the ranks.
+
+    There are as many micro-batches as runs of micro_batch_size bins would make, but they are cut by what they cost:
+    those of long rows hold fewer bins and those of short rows more, so that none costs more than an even cut's largest.
 
     rows (B,): row numbers; lengths (B,): their tokens. pack_length: capacity of a bin, None = one row each.
     """
@@ -99,9 +101,10 @@ def plan_step(
         bins = _pack(lengths, pack_length, world_size)
         bins.sort(key=lambda b: -int(lengths[b].sum()))
     per_rank = max(1, math.ceil(len(bins) / (micro_batch_size * world_size)))
-    micro_batches = _cut_evenly(bins, per_rank * world_size)
-    # Padded size of a micro-batch: what its forward pass costs.
-    costs = [len(m) * max((int(lengths[b].sum()) for b in m), default=0) for m in micro_batches]
+    sizes = [int(lengths[b].sum()) for b in bins]
+    edges = _cut(sizes, per_rank * world_size)
+    micro_batches = [bins[start:end] for start, end in edges]
+    costs = [(end - start) * sizes[start] if end > start else 0 for start, end in edges]
     ranks: list[list[MicroBatch]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
     for start in range(0, len(micro_batches), world_size):
@@ -154,7 +157,28 @@ def _spread(lengths: np.ndarray, capacity: int, num_bins: int) -> list[Bin] | No
     return bins
 
 
-def _cut_evenly(bins: list[Bin], parts: int) -> list[MicroBatch]:
-    """`bins` in their order in `parts` pieces whose sizes differ by one at most."""
-    edges = [len(bins) * p // parts for p in range(parts + 1)]
-    return [bins[start:end] for start, end in pairwise(edges)]
+def _cut(sizes: list[int], parts: int) -> list[tuple[int, int]]:
+    """`sizes`, descending, in `parts` runs (start, end) whose padded cost, number x largest, has the lowest maximum."""
+    count = len(sizes)
+    if count <= parts:
+        return [(min(i, count), min(i + 1, count)) for i in range(parts)]
+    low, high = sizes[0], count * sizes[0]
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_runs(sizes, middle)) <= parts else (middle + 1, high)
+    runs = _runs(sizes, low)
+    while len(runs) < parts:
+        start, end = max((r for r in runs if r[1] - r[0] > 1), key=lambda r: (r[1] - r[0]) * sizes[r[0]])
+        runs.remove((start, end))
+        runs += [(start, (start + end) // 2), ((start + end) // 2, end)]
+    return sorted(runs)
+
+
+def _runs(sizes: list[int], most: int) -> list[tuple[int, int]]:
+    """Greedy runs of descending sizes, each with a padded cost of at most `most`."""
+    runs, start = [], 0
+    for i in range(1, len(sizes) + 1):
+        if i == len(sizes) or (i + 1 - start) * sizes[start] > most:
+            runs.append((start, i))
+            start = i
+    return runs

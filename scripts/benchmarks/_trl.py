@@ -1,0 +1,79 @@
+"""TRL's SFTTrainer on the same rows. Runs in an environment of its own, which need not have our package."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+import transformers
+import trl
+from _probe import Probe, high_water_mib, job_from_argv
+from datasets import load_dataset
+from transformers import AutoTokenizer, TrainerCallback
+from transformers.models.llama import modeling_llama  # noqa: F401  before memory is read: the import is lazy
+from trl import SFTConfig, SFTTrainer
+
+
+class Watch(TrainerCallback):
+    """Times at the end of each optimizer step, losses as the trainer reports them."""
+
+    def __init__(self, probe: Probe):
+        self.probe = probe
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.probe.step_ended()
+
+    def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
+        if "loss" in logs:
+            self.probe.losses.append(float(logs["loss"]))
+
+
+def settings(job: dict[str, Any], scratch: str) -> SFTConfig:
+    """TRL's own defaults, except for what all compared programs must have in common."""
+    shared = {
+        "output_dir": scratch,
+        "max_length": job["max_length"],
+        "per_device_train_batch_size": job["micro_batch"],
+        "gradient_accumulation_steps": job["global_batch"] // job["micro_batch"],
+        "max_steps": job["steps"],
+        "learning_rate": job["lr"],
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",  # the file is shuffled already
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": job["seed"],
+        "model_init_kwargs": {"dtype": "float32"},
+        "packing": job["packing"],
+    }
+    if not job["defaults"]:
+        shared |= {"gradient_checkpointing": False, "bf16": job["dtype"] == "bf16"}
+    return SFTConfig(**shared)
+
+
+def main(job: dict[str, Any]) -> None:
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, trl)}
+    probe = Probe(high_water_mib(), versions=versions)
+    rows = load_dataset("json", data_files=job["data"], split="train")
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = SFTTrainer(
+            model=job["model"],
+            args=settings(job, scratch),
+            train_dataset=rows,
+            processing_class=AutoTokenizer.from_pretrained(job["model"]),
+            callbacks=[Watch(probe)],
+        )
+        trainer.train()
+    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    size = job["global_batch"] // job["micro_batch"] * job["micro_batch"]
+    # Fewer rows than steps x size means a second epoch in the same order, of which the last batch may be smaller.
+    batches = [lengths[start : start + size] for start in range(0, len(lengths), size)]
+    probe.tokens = [sum(batches[step % len(batches)]) for step in range(len(probe.times))]
+    probe.write(job["result"])
+
+
+if __name__ == "__main__":
+    main(job_from_argv())
