@@ -53,7 +53,8 @@ def load_text(config: SftConfig, run_dir: Path, run: Run | None) -> Text:
         assert source is not None, "checked by the schema"
         path, manifest = model_dir(source)
         stored = manifest.get("template")
-        tokenizer = load_tokenizer(path, config.model.revision, config.model.trust_remote_code)
+        revision = None if settings.path else config.model.revision  # it names a state of model.path only
+        tokenizer = load_tokenizer(path, revision, config.model.trust_remote_code)
     ensure_pad(tokenizer)
     new_tokens = add_extra_tokens(tokenizer, settings.extra_tokens)
     return Text(tokenizer, resolve_template(config.data.template, stored, tokenizer), new_tokens)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_cli.config.compose import Composed, compose_stage
-from rlhf_cli.config.freeze import clear_false_start, default_run_dir, freeze, lock, standing
+from rlhf_cli.config.freeze import claim, default_run_dir, freeze, standing
 from rlhf_cli.config.requests import check_request
 from rlhf_cli.errors import EXIT_DONE, ConfigError, Problem
 from rlhf_cli.launch import JobResult, run_job, visible_gpus, world_size
@@ -63,26 +63,26 @@ def start(
     if found.state == "finished":
         echo(f"{where}: finished already, nothing to do (another run_dir= runs it again)")
         return Outcome(EXIT_DONE, where)
-    for note in found.notes:
-        echo(f"{where}: {note}")
-    where.mkdir(parents=True, exist_ok=True)
-    with lock(where):
-        if found.state == "new":
-            clear_false_start(where)
-        frozen = freeze(where, values)
+    held, frozen = claim(where, found.state, values)
+    with held:
+        for note in found.notes:
+            echo(f"{where}: {note}")
         ranks = world_size(config.launch)
         echo(f"{where}: {found.state} run, {ranks} {'rank' if ranks == 1 else 'ranks'}")
         result = run_job(frozen, where, config.launch, echo)
-        return Outcome(_settle(where, result), where)
+        return Outcome(_settle(where, result, echo), where)
 
 
-def _settle(run_dir: Path, result: JobResult) -> int:
+def _settle(run_dir: Path, result: JobResult, echo: Echo) -> int:
     """Let the manifest tell how the run ended where no rank could; returns the exit code."""
     status = read_manifest(run_dir).get("status")
     if status == "complete" and result.failure is None:
         return EXIT_DONE  # a stop that came after the last step stopped nothing
     if status == "running":
-        update_manifest(run_dir, status="failed" if result.failure else "interrupted")
+        try:
+            update_manifest(run_dir, status="failed" if result.failure else "interrupted")
+        except OSError as error:
+            echo(f"{run_dir}/manifest.json still says `running`: {error}")
     return result.exit_code
 
 

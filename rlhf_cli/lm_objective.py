@@ -40,6 +40,7 @@ class LanguageModelObjective:
         )
         self.flatten = config.data.packing and config.model.attn_implementation.startswith("flash")
         self.prompts = self._prompts()
+        self._eval_targets = 0 if data.eval is None else data.eval.num_trained(range(len(data.eval)))
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
     def epoch(self, step: int) -> float:
@@ -84,11 +85,9 @@ class LanguageModelObjective:
     def _loss(self, engine: Engine, source: TokenRows, micro_batch: plan.MicroBatch) -> torch.Tensor:
         packed, device = self.config.data.packing, self.run.ranks.device
         batch = collate(source, micro_batch, self.text.tokenizer.pad_token_id, packed=packed, flatten=self.flatten)
-        mask = None if batch.attention_mask is None else batch.attention_mask.to(device, non_blocking=True)
         return engine.forward(
             input_ids=batch.input_ids.to(device, non_blocking=True),
             position_ids=batch.position_ids.to(device, non_blocking=True),
-            attention_mask=mask,
             targets=batch.targets.to(device, non_blocking=True),
         ).loss_sum
 
@@ -103,7 +102,7 @@ class LanguageModelObjective:
             for micro_batch in self._spread(source, rows, self.config.data.packing):
                 total += self._loss(engine, source, micro_batch).double()
         engine.train()
-        return sum_over_ranks(total).item() / source.num_trained(np.arange(len(source)))
+        return sum_over_ranks(total).item() / self._eval_targets
 
     def _prompts(self) -> list[list[int]]:
         settings, encoder = self.config.generation, make_encoder(self.text.tokenizer)

@@ -64,7 +64,10 @@ class Objective(Protocol[BatchT]):
 
 @dataclass
 class LoopState:
-    """Everything of the loop that a checkpoint keeps beside engine and RNG."""
+    """Everything of the loop that a checkpoint keeps beside engine and RNG.
+
+    unevaluated: the line of the last step when a stop request came before its evaluation, which is then still to do.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -74,6 +77,7 @@ class LoopState:
     best_step: int | None = None
     evaluations_without_gain: int = 0
     last_eval: dict[str, float] = field(default_factory=dict)
+    unevaluated: dict[str, Any] | None = None
     data_digest: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -134,23 +138,26 @@ def train(
     if trackers.display is not None:
         trackers.display.start(state.step, total_steps)
     window = _Window()
+    if state.unevaluated is not None:
+        line, state.unevaluated = state.unevaluated, None
+        _evaluate(engine, work.objective, state, line, train, hooks)
+        _show(state, line, window, trackers)
     while state.step < total_steps:
         if stopped_early(state, train):
             return engine, "early_stopped"
         engine = hooks.engine_for(engine, state.step)
-        began = time.monotonic()
-        line, stop = _one_step(engine, work, state, ranks, watch)
-        state.seconds += time.monotonic() - began
-        window.add(line["step_tokens"], line["step_samples"], time.monotonic() - began)
+        line, stop = _one_step(engine, work, state, ranks, watch, window)
         last = state.step == total_steps
-        due = train.eval_every > 0 and state.step % train.eval_every == 0
-        if (due or last) and not stop:
-            began = time.monotonic()
-            _evaluate(engine, work.objective, state, train, hooks)
-            line |= state.last_eval
-            state.seconds += time.monotonic() - began
-        _show(state, line, window, train, trackers, ranks, force=due or last)
-        if stop and not last:
+        due = last or (train.eval_every > 0 and state.step % train.eval_every == 0)
+        if due or state.step % train.log_every == 0:
+            line |= _speed_and_memory(window, trackers, ranks)
+        if stop and due:
+            state.unevaluated = line  # an evaluation can take longer than whoever stops us waits
+        else:
+            if due:
+                _evaluate(engine, work.objective, state, line, train, hooks)
+            _show(state, line, window, trackers)
+        if stop:
             hooks.save_checkpoint(engine, state)
             return engine, "interrupted"
         if train.save_every > 0 and (state.step % train.save_every == 0 or last):
@@ -165,8 +172,10 @@ def stopped_early(state: LoopState, train: TrainConfig) -> bool:
 
 
 def _one_step(
-    engine: Engine, work: Work, state: LoopState, ranks: Ranks, watch: StopWatch
+    engine: Engine, work: Work, state: LoopState, ranks: Ranks, watch: StopWatch, window: _Window
 ) -> tuple[dict[str, Any], bool]:
+    """Returns the figures of the step, and whether any rank was asked to stop."""
+    began = time.monotonic()
     objective = work.objective
     data = objective.step_data(state.step)
     sums: dict[str, torch.Tensor] = {}
@@ -195,24 +204,37 @@ def _one_step(
     line = {
         "step": state.step, "epoch": round(objective.epoch(state.step), 6), "loss": means.pop("loss"), **means,
         "grad_norm": grad_norm, "learning_rate": lr, "tokens": state.tokens, "num_tokens": state.tokens,
-        "samples": state.samples, "step_tokens": data.tokens, "step_samples": data.samples,
+        "samples": state.samples,
     }  # fmt: skip
     if engine.skipped:
         line["skipped"] = 1
+    seconds = time.monotonic() - began
+    state.seconds += seconds
+    window.add(data.tokens, data.samples, seconds)
     return line, totals[-1].item() > 0
 
 
-def _evaluate(engine: Engine, objective: Objective[Any], state: LoopState, train: TrainConfig, hooks: Hooks) -> None:
+def _evaluate(
+    engine: Engine,
+    objective: Objective[Any],
+    state: LoopState,
+    line: dict[str, Any],
+    train: TrainConfig,
+    hooks: Hooks,
+) -> None:
+    """Evaluate after state.step steps, add the figures to that step's line, and keep the weights if they are better."""
+    began = time.monotonic()
     figures = objective.evaluate(engine, state.step)
+    line |= figures
     state.last_eval = figures
-    if "eval_loss" not in figures:
-        return
-    if state.best_loss is None or figures["eval_loss"] < state.best_loss - train.early_stopping.min_delta:
-        state.best_loss, state.best_step, state.evaluations_without_gain = figures["eval_loss"], state.step, 0
-        if train.early_stopping.patience:
-            hooks.save_best(engine, state.step)
-    else:
-        state.evaluations_without_gain += 1
+    if "eval_loss" in figures:
+        if state.best_loss is None or figures["eval_loss"] < state.best_loss - train.early_stopping.min_delta:
+            state.best_loss, state.best_step, state.evaluations_without_gain = figures["eval_loss"], state.step, 0
+            if train.early_stopping.patience:
+                hooks.save_best(engine, state.step)
+        else:
+            state.evaluations_without_gain += 1
+    state.seconds += time.monotonic() - began
 
 
 class _Window:
@@ -226,35 +248,34 @@ class _Window:
         self.samples += samples
         self.seconds += seconds
 
+    def speed(self) -> float:
+        """Tokens per second."""
+        return self.tokens / max(self.seconds, 1e-9)
 
-def _show(
-    state: LoopState,
-    line: dict[str, Any],
-    window: _Window,
-    train: TrainConfig,
-    trackers: Trackers,
-    ranks: Ranks,
-    force: bool,
-) -> None:
-    line.pop("step_tokens")
-    line.pop("step_samples")
-    speed = window.tokens / max(window.seconds, 1e-9)
+
+def _speed_and_memory(window: _Window, trackers: Trackers, ranks: Ranks) -> dict[str, float]:
+    """perf/... over the steps since the last line; another line begins."""
+    speed, samples = window.speed(), window.samples / max(window.seconds, 1e-9)
+    window.tokens, window.samples, window.seconds = 0, 0, 0.0
+    return {
+        "perf/tokens_per_s": speed,
+        "perf/samples_per_s": samples,
+        "perf/mfu": speed * trackers.flops_per_token / (trackers.peak_flops * ranks.world_size),
+        "perf/peak_memory_gb": peak_memory_gb(ranks.device),
+    }
+
+
+def _show(state: LoopState, line: dict[str, Any], window: _Window, trackers: Trackers) -> None:
+    """A finished step to the terminal, and to the log when it is its turn."""
+    speed = line.get("perf/tokens_per_s") or window.speed()
     if trackers.display is not None:
-        figures = {"loss": f"{line['loss']:.4f}"}
         if "eval_loss" in line:
             trackers.display.say(
                 f"step {state.step}: " + "  ".join(f"{k} {v:.4f}" for k, v in line.items() if k.startswith("eval_"))
             )
-        trackers.display.step(state.step, figures | {"tokens/s": f"{speed:,.0f}"})
-    if trackers.log is None or not (state.step % train.log_every == 0 or force):
-        return
-    line["seconds"] = round(state.seconds, 3)
-    line["perf/tokens_per_s"] = speed
-    line["perf/samples_per_s"] = window.samples / max(window.seconds, 1e-9)
-    line["perf/mfu"] = speed * trackers.flops_per_token / (trackers.peak_flops * ranks.world_size)
-    line["perf/peak_memory_gb"] = peak_memory_gb(ranks.device)
-    trackers.log.write(line)
-    window.__init__()  # type: ignore[misc]
+        trackers.display.step(state.step, {"loss": f"{line['loss']:.4f}", "tokens/s": f"{speed:,.0f}"})
+    if trackers.log is not None and "perf/tokens_per_s" in line:
+        trackers.log.write(line | {"seconds": round(state.seconds, 3)})
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlhf_cli.errors import CheckpointError
 from rlhf_cli.files import check_space, directory_aside
 from rlhf_cli.loop import LoopState
 from rlhf_cli.rundir import update_manifest
@@ -96,7 +98,7 @@ class Checkpoints:
         keep = run.config.train.keep_checkpoints
         checkpoint.save(run.run_dir, state.step, run.ranks, writers, state.as_dict(), keep, needed)
         if run.ranks.is_main:
-            _prune_best(run.run_dir, state.best_step)
+            prune_best(run.run_dir)
 
     def newest(self) -> Found | None:
         """The newest undamaged checkpoint and its loop state, the same answer on every rank."""
@@ -104,8 +106,13 @@ class Checkpoints:
         path = broadcast_object(checkpoint.newest_valid(run.run_dir, run.say) if run.ranks.is_main else None)
         if path is None:
             return None
-        saved = json.loads((path / checkpoint.LOOP_STATE).read_text(encoding="utf-8"))
-        return Found(path, LoopState(**saved["loop"]))
+        state = LoopState(**_saved_loop(path))
+        best = None if state.best_step is None else best_dir(run.run_dir, state.best_step)
+        if run.config.train.early_stopping.patience and best is not None and not best.is_dir():
+            raise CheckpointError(
+                f"{path} speaks of the best weights so far in {best}, which is missing; put it back, or remove {path}"
+            )
+        return Found(path, state)
 
     def load(self, path: Path, engine: Engine) -> None:
         """Put the optimizer state and this rank's RNG back."""
@@ -126,7 +133,7 @@ def best_dir(run_dir: Path, step: int) -> Path:
 
 
 def save_best(run: Run, engine: Engine, step: int, only_trainable: bool) -> None:
-    """Keep the weights of this step aside. Older bests go when a checkpoint knows the new one."""
+    """Keep the weights of this step aside. Older bests go when no checkpoint speaks of them any more."""
     weights = gathered_state_dict(engine, only_trainable=only_trainable)
     if run.ranks.is_main:
         check_space(run.run_dir, sum(t.nbytes for t in weights.values()), "the best weights so far")
@@ -140,15 +147,24 @@ def load_best(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(best_dir(run_dir, step) / "weights.safetensors")
 
 
-def remove_best(run_dir: Path) -> None:
-    """After the end nothing needs them: model/ holds the best weights."""
-    _prune_best(run_dir, None)
+def prune_best(run_dir: Path) -> None:
+    """Remove best weights that no checkpoint speaks of, and half-written ones.
 
-
-def _prune_best(run_dir: Path, keep_step: int | None) -> None:
-    for path in (run_dir / "checkpoints").glob("best_*"):
-        if keep_step is None or path != best_dir(run_dir, keep_step):
+    A finished run keeps those that its checkpoints need: it may be killed before it is known to be finished, or grow.
+    """
+    root = run_dir / checkpoint.DIRECTORY
+    needed = set()
+    for path in root.glob("step_*"):
+        with suppress(FileNotFoundError, ValueError):  # a damaged checkpoint needs nothing: no run goes on from it
+            needed.add(best_dir(run_dir, _saved_loop(path)["best_step"] or 0))
+    for path in [*root.glob("best_*"), *root.glob(".best_*")]:
+        if path not in needed:
             shutil.rmtree(path)
+
+
+def _saved_loop(path: Path) -> dict[str, Any]:
+    """The loop state in a checkpoint."""
+    return json.loads((path / checkpoint.LOOP_STATE).read_text(encoding="utf-8"))["loop"]
 
 
 def _untied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

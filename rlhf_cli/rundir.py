@@ -22,9 +22,12 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{path} is damaged ({error}); run that stage again in a new run_dir") from None
+    if not isinstance(manifest, dict):
+        raise ModelError(f"{path} is damaged (no JSON object); run that stage again in a new run_dir")
+    return manifest
 
 
 def update_manifest(run_dir: Path, **changes: Any) -> dict[str, Any]:

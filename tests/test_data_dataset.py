@@ -287,7 +287,7 @@ def test_the_cache_is_found_again_and_follows_what_matters(
     assert len(set(built)) == len(changes) + 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "missing", "info", "no info"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "missing", "info", "list", "no info"])
 def test_a_damaged_cache_is_built_again(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     path = write(tmp_path / "a.jsonl", ["one", "two"])
     entry = tmp_path / "cache" / run(path).digest
@@ -302,6 +302,8 @@ def test_a_damaged_cache_is_built_again(run: Run, tmp_path: Path, monkeypatch: p
         ids.unlink()
     elif damage == "info":
         (entry / cache.INFO).write_text('{"info": {')
+    elif damage == "list":
+        (entry / cache.INFO).write_text("[]")
     else:
         (entry / cache.INFO).unlink()
     built = count_builds(monkeypatch)

@@ -45,7 +45,7 @@ def test_only_our_messages_reach_the_terminal(tmp_path: Path, ranks: int) -> Non
 def test_a_crash_shows_the_first_failing_rank_only(tmp_path: Path) -> None:
     job = Job(tmp_path, {"do": "crash", "rank": 1}, TWO)
     assert job.wait() == 1
-    assert job.output.startswith("rank 1 failed: ValueError: the sum is odd\n")
+    assert job.output.startswith("error: rank 1 failed: ValueError: the sum is odd\n")
     assert f"full log: {tmp_path}/logs/rank_1.log" in job.output
     assert "launch_worker.py" in job.output  # the frames
     assert "Connection closed" not in job.output
@@ -57,7 +57,7 @@ def test_a_crash_shows_the_first_failing_rank_only(tmp_path: Path) -> None:
 def test_a_user_error_shows_its_message_and_nothing_else(tmp_path: Path) -> None:
     job = Job(tmp_path, {"do": "user error", "rank": 1}, TWO)
     assert job.wait() == 2
-    assert job.output == "data.path: rows.jsonl:3: no field 'prompt'; allowed: prompt, response\n"
+    assert job.output == "error: data.path: rows.jsonl:3: no field 'prompt'; allowed: prompt, response\n"
 
 
 def test_a_killed_rank_ends_the_job_within_seconds(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_killed_rank_ends_the_job_within_seconds(tmp_path: Path) -> None:
     job.wait_for_files("in_loop_0", "in_loop_1")
     os.kill(job.pid(1), signal.SIGKILL)
     assert job.wait(5) == 1
-    assert job.output.startswith("rank 1 was killed by SIGKILL: probably out of memory")
+    assert job.output.startswith("error: rank 1 was killed by SIGKILL: probably out of memory")
     assert job.output.endswith(f"full log: {tmp_path}/logs/rank_1.log\n")
     assert gone(job.pid(0))
 
@@ -75,14 +75,14 @@ def test_a_rank_that_leaves_without_a_word(tmp_path: Path) -> None:
     assert job.wait() == 1
     log = f"{tmp_path}/logs/rank_1.log"
     assert job.output == (
-        f"rank 1 ended with exit code 3; its last words:\n  last words before the exit\nfull log: {log}\n"
+        f"error: rank 1 ended with exit code 3; its last words:\n  last words before the exit\nfull log: {log}\n"
     )
 
 
 def test_a_rank_that_breaks_before_it_has_a_log(tmp_path: Path) -> None:
     job = Job(tmp_path, {}, {"num_processes": 1}, module="tests.no_such_module")
     assert job.wait() == 1
-    assert job.output.startswith("rank 0 ended with exit code 1; its last words:\n")
+    assert job.output.startswith("error: rank 0 ended with exit code 1; its last words:\n")
     assert "No module named tests.no_such_module" in job.output
     assert job.output.endswith(f"full log: {tmp_path}/logs/launcher.log\n")
 
@@ -98,7 +98,7 @@ def test_a_stop_saves_and_ends_every_rank(tmp_path: Path, signum: int, code: int
     job.front.send_signal(signum)
     assert job.wait(10) == code
     assert [(tmp_path / f"saved_{rank}").read_text() for rank in (0, 1)] == [str(int(signum))] * 2
-    assert job.output == "stopping: saving a checkpoint; again to quit at once\n"
+    assert job.output == "\nstopping: saving a checkpoint; again to quit at once\n"
     assert all(gone(pid) for pid in below)
 
 
@@ -133,7 +133,7 @@ def test_a_rank_that_breaks_while_it_saves_is_a_failure(tmp_path: Path) -> None:
     job.wait_for_files("in_loop_0")
     job.front.send_signal(signal.SIGINT)
     assert job.wait(10) == 1
-    assert "rank 0 failed: OSError: [Errno 28] No space left on device" in job.output
+    assert "error: the disk is full ([Errno 28] No space left on device" in job.output
 
 
 def test_a_killed_front_leaves_no_orphan(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_killed_agent_ends_the_job(tmp_path: Path) -> None:
     below = descendants(job.front.pid)
     os.kill(below[0], signal.SIGKILL)
     assert job.wait(5) == 1
-    assert job.output.startswith("the launcher was killed by SIGKILL\n")
+    assert job.output.startswith("error: the launcher was killed by SIGKILL\n")
     until(lambda: all(gone(pid) for pid in below), 3)
 
 
@@ -318,7 +318,7 @@ def test_slurm_kills_a_task(tmp_path: Path, slurm: dict[str, str]) -> None:
     job.wait_for_files("in_loop_0", "in_loop_1")
     os.kill(job.pid(1), signal.SIGKILL)
     assert job.wait(10) == 1
-    assert job.output.startswith("rank 1 was killed by SIGKILL")
+    assert job.output.startswith("error: rank 1 was killed by SIGKILL")
 
 
 def test_slurm_second_signal(tmp_path: Path, slurm: dict[str, str]) -> None:

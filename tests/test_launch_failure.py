@@ -72,6 +72,7 @@ def test_the_earliest_exception_wins(tmp_path: Path) -> None:
         "RuntimeError: [../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234",
         "torch.distributed.DistBackendError: NCCL error, remote process exited or there was a network error",
         "RuntimeError: Socket Timeout",
+        "RuntimeError: local rank 0 failed: DataError: rows.jsonl:3: empty",
         "ConnectionResetError: [Errno 104] Connection reset by peer",
         "torch.distributed.DistNetworkError: The client socket has timed out",
     ],

@@ -181,6 +181,9 @@ def test_refused_weights(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     whole = load_file(weights)
+    weights.write_bytes(weights.read_bytes()[:-100])  # a download that broke off
+    with pytest.raises(ModelError, match=r"the model cannot be loaded: .*incomplete"):
+        load_policy(ModelConfig(), tmp_path / "m", FP32)
     save_file({n: t for n, t in whole.items() if "layers.1.mlp" not in n}, weights, {"format": "pt"})
     with pytest.raises(ModelError, match=r"lack 3 of the model's tensors \(model\.layers\.1\.mlp"):
         load_policy(ModelConfig(), tmp_path / "m", FP32)

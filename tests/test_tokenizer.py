@@ -149,5 +149,9 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
         train_tokenizer("word", [], 100)
     with pytest.raises(ModelError, match="does not exist"):
         load_tokenizer(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelError, match=r"holds no tokenizer files \(tokenizer.json\); set model.tokenizer.path"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="the tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)

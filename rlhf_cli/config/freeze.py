@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, TextIO
 import yaml
 
 from rlhf_cli.errors import ConfigError, Problem
+from rlhf_cli.files import write_text
 from rlhf_cli.rundir import read_manifest
 from rlhf_cli.schema import flatten
 
@@ -59,7 +60,7 @@ def standing(run_dir: Path, values: dict[str, Any], resume: str) -> Standing:
     if not _reached_a_step(run_dir):
         # A first start that failed over its data or its model must not bind the corrected one.
         return Standing("new", ["an earlier start never reached a step; starting over"])
-    notes = _differences(run_dir, yaml.safe_load(frozen_path.read_text(encoding="utf-8")), values)
+    notes = _differences(run_dir, _read_frozen(frozen_path), values)
     if read_manifest(run_dir).get("status") == "complete":
         if not notes:
             return Standing("finished", [])
@@ -76,6 +77,35 @@ def standing(run_dir: Path, values: dict[str, Any], resume: str) -> Standing:
                 ]
             )
     return Standing("unfinished", notes)
+
+
+def _read_frozen(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        values = None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            [Problem("run_dir", f"{path} is damaged, so this run cannot go on; put it back, or name another run_dir")]
+        )
+    return values
+
+
+def claim(run_dir: Path, state: str, values: dict[str, Any]) -> tuple[TextIO, Path]:
+    """Take a run directory for a start in this state: (its lock, see there; the frozen config).
+
+    Raises ConfigError when another process has it, or when it cannot be written to.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        held = lock(run_dir)
+        if state == "new":
+            clear_false_start(run_dir)
+        return held, freeze(run_dir, values)
+    except OSError as error:
+        raise ConfigError(
+            [Problem("run_dir", f"{run_dir} cannot be written to ({error}); make room or name another")]
+        ) from None
 
 
 def clear_false_start(run_dir: Path) -> None:
@@ -117,10 +147,8 @@ def _grows(was: Any, now: Any) -> bool:
 
 def freeze(run_dir: Path, values: dict[str, Any]) -> Path:
     """Write config.yaml, complete or not at all. Returns its path."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path, aside = run_dir / "config.yaml", run_dir / ".config.yaml.tmp"
-    aside.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    os.replace(aside, path)
+    path = run_dir / "config.yaml"
+    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     return path
 
 

@@ -45,7 +45,7 @@ def load_entry(entry: Path) -> tuple[dict[str, Any], dict[str, Columns]] | None:
         for name, _, _ in info["files"]:
             part, column = Path(name).parts
             parts.setdefault(part, {})[Path(column).stem] = np.load(entry / name, mmap_mode="r")
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return info["info"], parts
 

@@ -23,14 +23,14 @@ class SequenceSource(Protocol):
 class Batch(NamedTuple):
     """input_ids, position_ids, targets (B, T) int64; targets are shifted, IGNORED where nothing is learned.
 
-    attention_mask (B, T) int64, 1 = a real token; None in packed batches, where position_ids that start again at 0 part
-    the documents (transformers keeps attention inside them with use_cache=False and no mask). num_targets: targets that
-    count, in the whole batch.
+    There is no attention mask. Padding stands behind the tokens, where causal attention never looks, and without a mask
+    the kernels that need none can run. In packed batches position_ids that start again at 0 part the documents
+    (transformers keeps attention inside them with use_cache=False and no mask). num_targets: targets that count, in the
+    whole batch.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
     targets: torch.Tensor
     num_targets: int
 
@@ -54,7 +54,7 @@ def collate(
     if flatten:
         bins = [[row for rows in bins for row in rows]]
     if not any(bins):
-        return _empty(pad_id, packed)
+        return _empty(pad_id)
     lines = [[source.row(index) for index in rows] for rows in bins]
     lengths = [sum(len(ids) for ids, _ in line) for line in lines]
     shape = (len(lines), max(lengths))
@@ -71,15 +71,13 @@ def collate(
             targets[i, start : end - 1] = np.where(trained[1:], ids[1:], IGNORED)
             start = end
         position_ids[i, start:] = np.arange(shape[1] - start)
-    mask = None
     if not packed:
         position_ids[:] = np.arange(shape[1])
-        mask = torch.from_numpy((np.arange(shape[1]) < np.array(lengths)[:, None]).astype(np.int64))
     num_targets = int((targets != IGNORED).sum())
     tensor = torch.from_numpy
-    return Batch(tensor(input_ids), tensor(position_ids), mask, tensor(targets), num_targets)
+    return Batch(tensor(input_ids), tensor(position_ids), tensor(targets), num_targets)
 
 
-def _empty(pad_id: int, packed: bool) -> Batch:
+def _empty(pad_id: int) -> Batch:
     one = torch.ones(1, 1, dtype=torch.int64)
-    return Batch(one * pad_id, one * 0, None if packed else one, one * IGNORED, 0)
+    return Batch(one * pad_id, one * 0, one * IGNORED, 0)

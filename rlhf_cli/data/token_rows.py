@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -38,7 +39,7 @@ class TokenRows:
         """Trained tokens of these sequences together, which is the number of targets that `collate` makes of them."""
         return sum(int(self.row(index).trained.sum()) for index in rows)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """(N,) tokens of each sequence."""
         return np.diff(self.offsets)

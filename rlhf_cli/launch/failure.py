@@ -48,6 +48,7 @@ LIKELY_REASON = {
 # Words of an error that is only the echo of another rank's end.
 ECHO_OF_PEER = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|closed by (remote )?peer|remote process exited"
+    r"|local rank 0 failed"  # runtime/distributed.py, local_first
     r"|socket ?timeout|timed out waiting|ncclRemoteError|ncclSystemError|DistNetworkError|recvValue failed",
     re.IGNORECASE,
 )

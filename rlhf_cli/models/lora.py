@@ -104,7 +104,7 @@ def add_lora(
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # see _tie_trained_copies
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every rank's GPU alike
         wrapped = cast(PeftModel, get_peft_model(cast(Any, model), config, autocast_adapter_dtype=False))
     if train_embeddings and model.config.tie_word_embeddings:
         _tie_trained_copies(wrapped)

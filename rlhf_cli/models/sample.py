@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import nn
 
+from rlhf_cli.models.lora import plain_model
 from rlhf_cli.schema import GenerationConfig
 
 STOP_WINDOW = 32  # newest tokens in which a stop string is looked for; it may be spread over several
@@ -21,7 +23,9 @@ def sample_texts(
     stop: tuple[str, ...],
     seed: int,
 ) -> list[str]:
-    """Continue token prompts; one text each, up to EOS or a stop string, which are left out.
+    """Continue token prompts; one text each, up to EOS, a stop string (both left out) or the model's last position.
+
+    A prompt that leaves no position for a new token loses its beginning.
 
     model: a causal LM in evaluation mode with whole weights. Draws from a generator of its own.
     """
@@ -29,6 +33,8 @@ def sample_texts(
         return []
     device = next(model.parameters()).device
     draw = torch.Generator(device).manual_seed(seed)
+    num_positions = getattr(plain_model(model).config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    prompts = [p[-(num_positions - 1) :] for p in prompts]
     longest = max(len(p) for p in prompts)
     pad, stops = tokenizer.pad_token_id, [*stop, *generation.stop]
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)  # (B, T), left-padded
@@ -37,7 +43,7 @@ def sample_texts(
     running = [True] * len(prompts)
     cache: Any = None
     positions = (keep.cumsum(-1) - 1).clamp(min=0)
-    for _ in range(generation.max_new_tokens):
+    for _ in range(min(generation.max_new_tokens, num_positions - longest)):
         step = model(
             input_ids=ids, attention_mask=keep, position_ids=positions, past_key_values=cache, use_cache=True,
             logits_to_keep=1,

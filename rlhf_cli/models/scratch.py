@@ -41,7 +41,8 @@ def new_model(
 ) -> PreTrainedModel:
     """A causal LM with random weights that depend on config, dtype and seed only. Leaves the RNG as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed: that seeds the GPUs too, and every rank would go on with the same dropout.
+        torch.default_generator.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
         )

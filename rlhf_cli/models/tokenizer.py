@@ -15,6 +15,8 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.models.source import check_source, explain_load_error
 
 PAD, EOS, UNK = "<|pad|>", "<|endoftext|>", "<unk>"
+# Names that transformers' tokenizers, and those that come with code of their own, are kept under.
+TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "*.tiktoken")
 SPECIAL_TOKENS = [PAD, EOS, UNK]
 
 # A word with its inner apostrophes (don't), one white-space character, or one other character: nothing is left out,
@@ -76,6 +78,9 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a local directory or hub id. Raises ModelError with what to do when there is none."""
     check_source(path, "model.tokenizer.path")
+    local = Path(path).expanduser()
+    if local.is_dir() and not any(f for pattern in TOKENIZER_FILES for f in local.glob(pattern)):
+        raise ModelError(f"{path}: holds no tokenizer files (tokenizer.json); set model.tokenizer.path to a tokenizer")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(path), revision=revision, trust_remote_code=trust_remote_code

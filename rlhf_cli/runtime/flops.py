@@ -7,13 +7,13 @@ import time
 import torch
 
 
-def flops_per_token(trainable: int, total: int, embedding: int) -> float:
+def flops_per_token(trainable: int, total: int) -> float:
     """Work of training on one token: 2 per parameter forward, 2 for the gradient of the activations, 2 for that of the
     trained parameters (Kaplan et al. 2001.08361, section 2.1). Attention itself is left out.
 
-    embedding: input embedding parameters that are looked up, not multiplied.
+    Parameters that are multiplied: all but input embeddings, which are looked up (unless they are the head as well).
     """
-    return 4.0 * (total - embedding) + 2.0 * max(0, trainable - embedding)
+    return 4.0 * total + 2.0 * trainable
 
 
 def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -7,19 +7,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from rlhf_cli.errors import RunFailed
+from rlhf_cli.errors import CheckpointError, RunFailed
 from rlhf_cli.files import write_text
 from rlhf_cli.schema import LoggingConfig
 
 
 def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """The complete lines of metrics.jsonl; a last line that a kill cut off is left out."""
+    """The complete lines of metrics.jsonl; a last line that a kill cut off is left out.
+
+    Raises CheckpointError for another line that cannot be read.
+    """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        try:
             yield json.loads(line)
+        except ValueError as error:
+            raise CheckpointError(f"{path}:{number} is damaged ({error}); mend or remove that line") from None
 
 
 class MetricsLog:

@@ -31,9 +31,10 @@ def plot_losses(run_dir: Path, title: str) -> Path | None:
     if values:
         loss.plot(steps, values, "o-", color="#d94801", markersize=3, label="evaluation")
         best = min(range(len(values)), key=values.__getitem__)
+        side = "right" if steps[best] > (steps[0] + steps[-1]) / 2 else "left"  # the words stay inside the frame
         loss.annotate(
-            f"lowest {values[best]:.4f} at step {steps[best]}", (steps[best], values[best]), xytext=(0, -28),
-            textcoords="offset points", ha="center", arrowprops={"arrowstyle": "->"},
+            f"lowest {values[best]:.4f} at step {steps[best]}", (steps[best], values[best]), xytext=(0, 28),
+            textcoords="offset points", ha=side, arrowprops={"arrowstyle": "->"},
         )  # fmt: skip
     loss.set(title=title, ylabel="loss (nats per token)")
     loss.grid(alpha=0.3)

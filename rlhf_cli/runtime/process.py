@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import io
 import logging
 import os
@@ -18,12 +20,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TextIO
 
-from rlhf_cli.errors import EXIT_FAILED, RlhfError
+from rlhf_cli.errors import EXIT_FAILED, RlhfError, RunFailed
 from rlhf_cli.jobfiles import FRONT_PID_VARIABLE, START_MARK, TERMINAL_FD_VARIABLE, FailureNote, rank_log, write_note
 from rlhf_cli.runtime.stop import StopWatch
 from rlhf_cli.runtime.terminal import open_terminal
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+DISK_FULL = os.strerror(errno.ENOSPC)
 # tqdm reads its defaults from the environment; in a log one line in ten seconds is enough.
 LOG_FRIENDLY = {"TQDM_MININTERVAL": "10", "TQDM_ASCII": "True"}
 
@@ -68,6 +71,9 @@ def start_rank(run_dir: Path) -> RankProcess:
 def report_failure(run_dir: Path, error: BaseException) -> int:
     """Leave this rank's note for the front and the traceback in the log. Returns the exit code to end with."""
     text = "".join(traceback.format_exception(error))
+    # By its words, because safetensors and others raise it as an error of their own.
+    if DISK_FULL in str(error) and not isinstance(error, RlhfError):
+        error = RunFailed(f"the disk is full ({error}); make room in {run_dir} and start the same command again")
     by_user = isinstance(error, RlhfError)
     exit_code = error.exit_code if isinstance(error, RlhfError) else EXIT_FAILED
     note = FailureNote(
@@ -80,15 +86,17 @@ def report_failure(run_dir: Path, error: BaseException) -> int:
         exit_code=exit_code,
     )
     # First the note: the launcher may end us as soon as a peer notices that we are gone.
-    write_note(run_dir, note)
-    print(text, file=sys.stderr, flush=True)
+    for leave in (lambda: write_note(run_dir, note), lambda: print(text, file=sys.stderr, flush=True)):
+        with contextlib.suppress(OSError):  # no room even for that; the other one may still fit
+            leave()
     return exit_code
 
 
 def end_rank(exit_code: int) -> NoReturn:
     """End a broken rank now. The ordinary end would wait for threads and collectives that cannot finish any more."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a full disk
+            stream.flush()
     os._exit(exit_code)
 
 

@@ -221,7 +221,9 @@ class TrainConfig:
     epochs: float = opt(1.0, "passes over the data", gt=0)
     max_steps: int | None = opt(None, "optimizer steps; overrides epochs (the data repeats)", ge=1)
     global_batch_size: int = opt(64, "rows per optimizer step, over all ranks", ge=1)
-    micro_batch_size: int = opt(8, "sequences per forward pass of one rank, on average: fewer of the long ones, more of the short", ge=1)
+    micro_batch_size: int = opt(
+        8, "sequences per forward pass of one rank, on average: fewer of the long ones, more of the short", ge=1
+    )
     eval_every: int = opt(0, "steps between evaluations; 0 = at the end only", ge=0)
     save_every: int = opt(0, "steps between checkpoints; 0 = only when the run is interrupted", ge=0)
     log_every: int = opt(1, "steps between lines in metrics.jsonl", ge=1)

@@ -35,15 +35,14 @@ from rlhf_cli.loop import Hooks, LoopState, Trackers, Work, train
 from rlhf_cli.models.load import resolve_dtype
 from rlhf_cli.models.lora import plain_model
 from rlhf_cli.models.tokenizer import tokenizer_digest
-from rlhf_cli.models.trainable import count_parameters
+from rlhf_cli.models.trainable import ParameterCount, count_parameters
 from rlhf_cli.run import (
     Checkpoints,
     Run,
-    best_dir,
     close_run,
     load_best,
     open_run,
-    remove_best,
+    prune_best,
     save_best,
 )
 from rlhf_cli.runtime.distributed import Ranks, init, shutdown
@@ -57,8 +56,6 @@ from rlhf_cli.runtime.plots import plot_losses
 from rlhf_cli.runtime.process import RankProcess
 from rlhf_cli.runtime.progress import Display
 from rlhf_cli.schema import SftConfig, to_dict
-
-TEXT_PROMPT_TOKENS = 16  # of a plain evaluation text, as the prompt of a sample
 
 
 def run(config: SftConfig, run_dir: Path, process: RankProcess) -> None:
@@ -120,13 +117,20 @@ def dry_run(config: SftConfig, world_size: int) -> None:
 
 def open_trackers(config: SftConfig, model: nn.Module, dtype: torch.dtype, run: Run, step: int) -> Trackers:
     """Where figures go: files and the terminal on rank 0."""
-    trainable, total = count_parameters(model)
-    embeddings = count_parameters(plain_model(model).get_input_embeddings()).total
     peak = measured_peak_flops(run.ranks.device, dtype)
     log = (
         MetricsLog(run.run_dir, config.logging, step, run.run_dir.name, to_dict(config)) if run.ranks.is_main else None
     )
-    return Trackers(log, run.display, flops_per_token(trainable, total, embeddings), peak)
+    return Trackers(log, run.display, flops_per_token(*multiplied_parameters(model)), peak)
+
+
+def multiplied_parameters(model: nn.Module) -> ParameterCount:
+    """Parameters without the input embeddings, which are looked up, unless they are also the output head (tied)."""
+    counted, plain = count_parameters(model), plain_model(model)
+    if plain.config.get_text_config().tie_word_embeddings:
+        return counted
+    looked_up = count_parameters(plain.get_input_embeddings())
+    return ParameterCount(counted.trainable - looked_up.trainable, counted.total - looked_up.total)
 
 
 def finish(
@@ -142,10 +146,10 @@ def finish(
         figures["best_step"] = float(state.best_step or 0)
     figures |= {"steps": float(state.step), "tokens": float(state.tokens), "seconds": round(state.seconds, 3)}
     if run.ranks.is_main:
-        if use_best and state.best_step is not None and best_dir(run.run_dir, state.best_step).is_dir():
+        if use_best and state.best_step is not None:
             put(weights, load_best(run.run_dir, state.best_step))
         write_model(config, engine.module, weights, text, run.run_dir / "model")
-        remove_best(run.run_dir)
+        prune_best(run.run_dir)
         plot = plot_losses(run.run_dir, f"rlhf sft: {run.run_dir.name}")
         figures |= last_logged(run.run_dir)
         assert run.display is not None

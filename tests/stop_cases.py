@@ -1,0 +1,53 @@
+"""`rlhf sft` in the ranks of a test pool that is asked to stop, or killed, at a chosen moment."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+from rlhf_cli.runtime.distributed import Ranks
+from rlhf_cli.stages import sft
+from tests.stage_cases import run_sft
+
+
+class Killed(Exception):
+    """Stands for SIGKILL: nothing of the run's own comes after it."""
+
+
+def run_sft_stopping(ranks: Ranks, run_dir: str, overrides: list[str], step: int) -> dict[str, float]:
+    """Ask for a stop while step `step` (1 is the first) is at work."""
+    forward = sft.LanguageModelObjective.step_data
+
+    def step_data(self: Any, number: int) -> Any:
+        if number == step - 1:
+            watch._requested = 15
+        return forward(self, number)
+
+    watch: Any = None
+    open_run = sft.open_run
+
+    def opened(*args: Any) -> Any:
+        nonlocal watch
+        run = open_run(*args)
+        watch = run.process.watch
+        return run
+
+    with (
+        mock.patch.object(sft.LanguageModelObjective, "step_data", step_data),
+        mock.patch.object(sft, "open_run", opened),
+    ):
+        return run_sft(ranks, run_dir, overrides)
+
+
+def run_sft_killed_at_the_end(ranks: Ranks, run_dir: str, overrides: list[str]) -> None:
+    """End between the last write of the stage and the last word in the manifest."""
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with mock.patch.object(sft, "close_run", kill):
+        try:
+            run_sft(ranks, run_dir, overrides)
+        except Killed:
+            return
+    raise AssertionError("close_run was not reached")
