@@ -39,18 +39,18 @@ def directory_aside(final: Path) -> Iterator[Path]:
     yield aside
     for path in aside.rglob("*"):
         if path.is_file():
-            _sync(path)
+            sync(path)
     replaced = final.with_name(f".{final.name}.old")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
         final.rename(replaced)
     aside.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    """Onto the disk, so that a rename never survives a power cut without the contents."""
+def sync(path: Path) -> None:
+    """A file, or the names in a directory, onto the disk: no rename may survive a power cut without the contents."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -11,7 +11,6 @@ leaves the older ones valid. All ranks must see the same directory.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_cli.errors import CheckpointError, RunFailed
-from rlhf_cli.files import check_space
+from rlhf_cli.files import check_space, digest_file, sync
 from rlhf_cli.runtime.distributed import Ranks, barrier, broadcast_object, gather_objects
 from rlhf_cli.runtime.seed import rng_state, seed_everything, set_rng_state
 
@@ -68,7 +67,7 @@ def save(
         _together(lambda: _write_all(temporary, step, ranks, writers, loop_state))
         files = broadcast_object(_files(temporary) if ranks.is_main else [])
         mine = files[ranks.rank :: ranks.world_size]
-        digests = _together(lambda: {file: _digest(temporary / file, sync=True) for file in mine})
+        digests = _together(lambda: {file: _synced_digest(temporary / file) for file in mine})
         _on_main(ranks, lambda: _finish(temporary, digests))
     except RunFailed:
         if ranks.is_main:
@@ -119,7 +118,7 @@ def find_damage(path: Path) -> str | None:
         if not (path / file).is_file():
             return f"file {file}: missing"
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashlib lets other threads run
-        for file, digest in zip(digests, pool.map(lambda f: _digest(path / f), digests), strict=True):
+        for file, digest in zip(digests, pool.map(lambda f: digest_file(path / f), digests), strict=True):
             if digest != digests[file]:
                 return f"file {file}: digest differs"
     return None
@@ -180,9 +179,9 @@ def _finish(temporary: Path, digests: list[dict[str, str]]) -> None:
     """Write digests.json from each rank's part, and make sure that everything is on the disk."""
     merged = {file: digest for part in digests for file, digest in part.items()}
     _write_json(temporary / DIGESTS, dict(sorted(merged.items())))
-    _sync(temporary / DIGESTS)
+    sync(temporary / DIGESTS)
     for directory in {(temporary / file).parent for file in merged}:
-        _sync(directory)
+        sync(directory)
 
 
 def _publish(temporary: Path, final: Path, step: int, keep: int) -> None:
@@ -193,7 +192,7 @@ def _publish(temporary: Path, final: Path, step: int, keep: int) -> None:
             shutil.rmtree(old)
         os.rename(final, old)
     os.rename(temporary, final)
-    _sync(final.parent)
+    sync(final.parent)
     if old.exists():
         shutil.rmtree(old)
     _prune(final.parent, step, keep)
@@ -236,23 +235,9 @@ def _files(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
-def _digest(path: Path, sync: bool = False) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Make a file, or the names in a directory, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _synced_digest(path: Path) -> str:
+    sync(path)
+    return digest_file(path)
 
 
 def _steps(root: Path) -> list[int]:
