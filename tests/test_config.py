@@ -155,6 +155,13 @@ def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
     assert "hh_rlhf_llama_7b" in str(error.value)
 
 
+def test_what_does_not_fit_hides_no_other_problem() -> None:
+    composed = sft("train.epochs=many", "optim.lrr=1", "lora=r16", "model.init=scratch", "model.path=1")
+    assert {p.key for p in composed.problems} == {"train.epochs", "optim.lrr", "model.path"}
+    assert {"lora.enabled", "data.path"} <= {p.key for p in composed.unmet}
+    assert "model.path" not in {p.key for p in composed.unmet}, "once is enough"
+
+
 def test_required_values_are_asked_for_only_when_a_run_starts() -> None:
     composed = sft()
     assert not composed.problems

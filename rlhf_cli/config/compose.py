@@ -49,12 +49,11 @@ def compose_stage(stage_name: str, words: list[str]) -> Composed:
         except ConfigError as error:
             raise ConfigError(problems + error.problems) from None
     values = _compose(stage, recipe, overrides, problems)
-    config, found = collect(stage.config, values)
-    found = [_with_origin(p, recipe, overrides) for p in found]
-    name = recipe.name if recipe else None
-    if config is None:
-        return Composed(None, values, name, problems + found, [])
-    return Composed(config, to_dict(config), name, problems, found)
+    config, unfit, unmet = collect(stage.config, values)
+    problems += [_with_origin(p, recipe, overrides) for p in unfit]
+    wrong = {p.key for p in problems}
+    unmet = [_with_origin(p, recipe, overrides) for p in unmet if p.key not in wrong]
+    return Composed(config, to_dict(config), recipe.name if recipe else None, problems, unmet)
 
 
 def _compose(

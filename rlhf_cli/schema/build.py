@@ -31,13 +31,15 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
     return config
 
 
-def collect(cls: type, values: Mapping[str, Any]) -> tuple[Any | None, list[Problem]]:
-    """Like build, but returns (config, problems): a config whenever the types fit, so that checks can go on."""
+def collect(cls: type, values: Mapping[str, Any]) -> tuple[Any, list[Problem], list[Problem]]:
+    """Like build, but goes on: (config, what does not fit, what the sections' checks find in the rest).
+
+    In the config an option that does not fit has its default.
+    """
     problems: list[Problem] = []
     config = _build(cls, values, "", problems, cls)
-    if problems:
-        return None, problems
-    return config, list(_check(config, ""))
+    wrong = {problem.key for problem in problems}
+    return config, problems, [p for p in _check(config, "") if p.key not in wrong]
 
 
 def from_file(cls: type, path: Path) -> Any:
@@ -122,7 +124,9 @@ def _build(cls: type, values: Any, prefix: str, problems: list[Problem], root: t
             continue
         hint, full = hints[name], f"{prefix}{name}"
         if dataclasses.is_dataclass(hint):
-            kwargs[name] = _build(typing.cast(type, hint), values[name], f"{full}.", problems, root)
+            built = _build(typing.cast(type, hint), values[name], f"{full}.", problems, root)
+            if built is not None:
+                kwargs[name] = built
             continue
         found, value = _convert(values[name], hint)
         if not found:
