@@ -10,7 +10,7 @@ from rlhf_cli import job
 from rlhf_cli.config.compose import compose_stage
 from rlhf_cli.errors import ConfigError, RunFailed
 from rlhf_cli.rundir import read_manifest
-from rlhf_cli.schema import SftConfig, build, to_dict
+from rlhf_cli.schema import MergeLoraConfig, RmConfig, ScoreConfig, SftConfig, build, to_dict
 
 
 def compose(stage: str, overrides: list[str]) -> Any:
@@ -27,9 +27,27 @@ def compose(stage: str, overrides: list[str]) -> Any:
 def sft(config: SftConfig) -> Path:
     """Supervised fine-tuning, in processes of its own as on the command line. Returns the run directory.
 
-    Raises ConfigError when the request is wrong, RunFailed when the run broke.
+    Raises ConfigError when the request is wrong, RunFailed when the run broke; so do the other stages.
     """
     return _run("sft", config)
+
+
+def rm(config: RmConfig) -> Path:
+    """Reward model from pairs, rankings or labels. Returns the run directory."""
+    return _run("rm", config)
+
+
+def merge_lora(config: MergeLoraConfig) -> Path:
+    """Adapter + base -> plain model. Returns the run directory."""
+    return _run("merge-lora", config)
+
+
+def score(config: ScoreConfig) -> Path:
+    """Rewards of a file's rows. Returns the run directory, which holds scores.jsonl.
+
+    To score texts at hand: rlhf_cli.reward.open_reward.
+    """
+    return _run("score", config)
 
 
 def metrics(run_dir: Path | str) -> dict[str, float]:

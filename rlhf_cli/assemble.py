@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
+from rlhf_cli.data.comparison_rows import ComparisonRows
+from rlhf_cli.data.comparison_stream import comparison_texts
+from rlhf_cli.data.comparisons import PreparedComparisons, prepare_comparisons
 from rlhf_cli.data.dataset import Prepared, prepare
+from rlhf_cli.data.seen import find_seen, save_row_digests
 from rlhf_cli.data.stream import train_texts
 from rlhf_cli.data.templates import TEMPLATES, Template, resolve_template
+from rlhf_cli.data.token_rows import TokenRows
 from rlhf_cli.errors import CheckpointError, ModelError
 from rlhf_cli.files import check_space, directory_aside
 from rlhf_cli.loop import LoopState
 from rlhf_cli.models.head import enable_loss
 from rlhf_cli.models.load import enable_gradient_checkpointing, load_config, load_policy
-from rlhf_cli.models.lora import add_lora, plain_model, save_adapter
+from rlhf_cli.models.lora import TaskType, add_lora, plain_model, save_adapter
+from rlhf_cli.models.reward import enable_scores, load_reward_config, load_reward_model, new_reward_model, reward_config
 from rlhf_cli.models.save import save_model
 from rlhf_cli.models.scratch import make_config, new_model
 from rlhf_cli.models.tokenizer import add_extra_tokens, ensure_pad, load_tokenizer, tokenizer_digest, train_tokenizer
@@ -26,9 +33,26 @@ from rlhf_cli.runtime.distributed import barrier, local_first
 from rlhf_cli.runtime.engine import Engine, gathered_state_dict, make_engine, param_groups, sharded_loading
 from rlhf_cli.runtime.engine_state import hold_state, restore_state
 from rlhf_cli.runtime.manifest import model_dir
-from rlhf_cli.schema import SftConfig
+from rlhf_cli.schema import RmConfig, TrainedConfig
 
 WEIGHTS = "weights"  # a checkpoint's directory of whole weights
+
+
+class Task(NamedTuple):
+    """What a model is trained to be. labels: of a classifier; None = one score (a reward model of comparisons)."""
+
+    name: Literal["causal_lm", "sequence_classification"] = "causal_lm"
+    labels: tuple[str, ...] | None = None
+
+    @property
+    def is_reward(self) -> bool:
+        """Whether the model scores texts instead of writing them."""
+        return self.name == "sequence_classification"
+
+    @property
+    def starts_from(self) -> tuple[str, ...]:
+        """Kinds of run directories whose model this one can start from."""
+        return ("policy", "reward") if self.is_reward else ("policy",)
 
 
 class Text(NamedTuple):
@@ -42,7 +66,7 @@ class Text(NamedTuple):
 # --- tokenizer and data
 
 
-def load_text(config: SftConfig, run_dir: Path, run: Run | None) -> Text:
+def load_text(config: TrainedConfig, run_dir: Path, run: Run | None) -> Text:
     """The tokenizer, trained or loaded, and the template. A trained one is kept in the run directory."""
     settings = config.model.tokenizer
     stored = None
@@ -51,7 +75,7 @@ def load_text(config: SftConfig, run_dir: Path, run: Run | None) -> Text:
     else:
         source = settings.path or config.model.path
         assert source is not None, "checked by the schema"
-        path, manifest = model_dir(source)
+        path, manifest = model_dir(source, ("policy", "reward"))
         stored = manifest.get("template")
         revision = None if settings.path else config.model.revision  # it names a state of model.path only
         tokenizer = load_tokenizer(path, revision, config.model.trust_remote_code)
@@ -60,12 +84,17 @@ def load_text(config: SftConfig, run_dir: Path, run: Run | None) -> Text:
     return Text(tokenizer, resolve_template(config.data.template, stored, tokenizer), new_tokens)
 
 
-def _trained_tokenizer(config: SftConfig, folder: Path, run: Run | None) -> Any:
+def _trained_tokenizer(config: TrainedConfig, folder: Path, run: Run | None) -> Any:
     settings = config.model.tokenizer
     assert settings.train != "none"
     template = TEMPLATES.get(config.data.template, TEMPLATES["none"])  # a new tokenizer has no template of its own
     if (run is None or run.ranks.is_main) and not folder.is_dir():
-        trained = train_tokenizer(settings.train, train_texts(config.data, template), settings.vocab_size)
+        texts = (
+            comparison_texts(config.data, template)
+            if isinstance(config, RmConfig)
+            else train_texts(config.data, template)
+        )
+        trained = train_tokenizer(settings.train, texts, settings.vocab_size)
         with directory_aside(folder) as aside:
             trained.save_pretrained(aside)
     if run is not None:
@@ -73,9 +102,9 @@ def _trained_tokenizer(config: SftConfig, folder: Path, run: Run | None) -> Any:
     return load_tokenizer(folder)
 
 
-def describe_template(template: Template, data: Prepared) -> str:
+def describe_template(template: Template, info: list[dict[str, Any]]) -> str:
     """One line for the user; a dialogue without a template is hardly ever meant."""
-    dialogues = {f for info in data.info for f in info["formats"]} - {"text_only"}
+    dialogues = {f for entry in info for f in entry["formats"]} - {"text_only", "labelled"}
     line = f"template: {template.name}"
     if template.name == "none" and dialogues:
         line += (
@@ -84,51 +113,84 @@ def describe_template(template: Template, data: Prepared) -> str:
     return line
 
 
-def load_data(config: SftConfig, text: Text, run: Run) -> Prepared:
-    """Token rows, from the cache or made by the first rank of each machine."""
+def load_data(config: TrainedConfig, text: Text, run: Run) -> Prepared | PreparedComparisons:
+    """Token rows, from the cache or made by the first rank of each machine.
+
+    What is trained on is kept in the run directory, for later stages to know; what an earlier stage trained on and
+    this one evaluates on is counted and told.
+    """
     with local_first(run.ranks):
         report = run.say if run.ranks.is_main else print
-        return prepare(config.data, text.tokenizer, tokenizer_digest(text.tokenizer), text.template, report)
+        digest = tokenizer_digest(text.tokenizer)
+        data: Prepared | PreparedComparisons
+        if isinstance(config, RmConfig):
+            data = prepare_comparisons(config.data, text.tokenizer, digest, text.template, report)
+        else:
+            data = prepare(config.data, text.tokenizer, digest, text.template, report)
+    run.update_manifest(template=text.template.name, data=data.info)
+    run.say(describe_template(text.template, data.info))
+    if run.ranks.is_main:
+        save_row_digests(run.run_dir, _digests(data.train)[0])
+        if data.eval is not None:
+            _tell_seen(run, *_digests(data.eval))
+    return data
+
+
+def _digests(rows: TokenRows | ComparisonRows) -> tuple[np.ndarray, np.ndarray]:
+    """(digest (N,) of every text, the row (N,) that it belongs to)."""
+    if isinstance(rows, TokenRows):
+        return rows.row_digests, rows.row_digests  # windows of one row share its digest
+    return rows.sequence_digests, np.repeat(np.arange(len(rows)), rows.counts)
+
+
+def _tell_seen(run: Run, digests: np.ndarray, owners: np.ndarray) -> None:
+    """Count and tell what an earlier stage, or this one, trains on of the evaluation rows."""
+    found = find_seen(run.run_dir, digests, owners)
+    run.update_manifest(eval_rows_seen=[seen._asdict() for seen in found])
+    for seen in found:
+        run.say(seen.warning(len(np.unique(owners))))
 
 
 # --- model and engine
 
 
-def model_config(config: SftConfig, text: Text) -> Any:
+def model_config(config: TrainedConfig, text: Text, task: Task) -> Any:
     """The transformers config of the model to be trained, without its weights."""
     settings = config.model
     if settings.init == "scratch":
-        return make_config(settings.arch, text.tokenizer, config.data.max_length)
-    found = load_config(model_dir(str(settings.path))[0], settings.revision, settings.trust_remote_code)
-    found.vocab_size = max(found.vocab_size, len(text.tokenizer))
-    return found
+        found = make_config(settings.arch, text.tokenizer, config.data.max_length)
+    else:
+        path, _ = model_dir(str(settings.path), task.starts_from)
+        read = load_reward_config if task.is_reward else load_config
+        found = read(path, settings.revision, settings.trust_remote_code)
+        found.vocab_size = max(found.vocab_size, len(text.tokenizer))
+    return reward_config(found, task.labels) if task.is_reward else found
 
 
-def build_model(config: SftConfig, text: Text, dtype: torch.dtype, run: Run, found: Found | None) -> nn.Module:
+def build_model(
+    config: TrainedConfig, text: Text, task: Task, dtype: torch.dtype, run: Run, found: Found | None
+) -> nn.Module:
     """The model with its adapters and with requires_grad set, ready for the engine.
 
     found: the checkpoint to continue from. It has whole weights where frozen parameters were trained before (LISA).
     """
     settings = config.model
-    if found is not None and (found.path / WEIGHTS).is_dir():
-        with sharded_loading(config.deepspeed, dtype):
-            model: nn.Module = load_policy(settings, found.path / WEIGHTS / "model", dtype, run.ranks.device)
-    elif settings.init == "scratch":
-        attention = None if settings.attn_implementation == "auto" else settings.attn_implementation
-        model = new_model(model_config(config, text), dtype, config.train.seed, attention)
+    if settings.init == "scratch" and not _has_weights(found):
+        model = _new_model(config, text, task, dtype)
     else:
-        assert settings.path is not None, "checked by the schema"
-        path, _ = model_dir(settings.path)
-        with sharded_loading(config.deepspeed, dtype):
-            model = load_policy(settings, path, dtype, run.ranks.device, len(text.tokenizer))
+        model = _load_model(config, text, task, dtype, run, found)
     check_length(plain_model(model).config, config.data.max_length)
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(plain_model(model))
     if config.lora.enabled:
-        model = add_lora(plain_model(model), config.lora, "CAUSAL_LM", text.new_tokens > 0, config.train.seed)
+        kind: TaskType = "SEQ_CLS" if task.is_reward else "CAUSAL_LM"
+        model = add_lora(plain_model(model), config.lora, kind, text.new_tokens > 0, config.train.seed)
     else:
         apply_trainable(plain_model(model), settings.trainable, config.train.seed)
-    enable_loss(model)
+    if task.is_reward:
+        enable_scores(model)
+    else:
+        enable_loss(model)
     trainable, total = count_parameters(model)
     run.say(
         f"model: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%}), {dtype}".replace(
@@ -136,6 +198,34 @@ def build_model(config: SftConfig, text: Text, dtype: torch.dtype, run: Run, fou
         )
     )
     return model
+
+
+def _has_weights(found: Found | None) -> bool:
+    return found is not None and (found.path / WEIGHTS).is_dir()
+
+
+def _new_model(config: TrainedConfig, text: Text, task: Task, dtype: torch.dtype) -> nn.Module:
+    attention = config.model.attn_implementation
+    kernel = None if attention == "auto" else attention
+    architecture = model_config(config, text, task)
+    if task.is_reward:
+        return new_reward_model(architecture, task.labels, dtype, config.train.seed, kernel)
+    return new_model(architecture, dtype, config.train.seed, kernel)
+
+
+def _load_model(
+    config: TrainedConfig, text: Text, task: Task, dtype: torch.dtype, run: Run, found: Found | None
+) -> nn.Module:
+    settings, seed, device = config.model, config.train.seed, run.ranks.device
+    if found is not None and _has_weights(found):
+        path, num_tokens = str(found.path / WEIGHTS / "model"), None
+    else:
+        assert settings.path is not None, "checked by the schema"
+        path, num_tokens = model_dir(settings.path, task.starts_from)[0], len(text.tokenizer)
+    with sharded_loading(config.deepspeed, dtype):
+        if task.is_reward:
+            return load_reward_model(settings, path, dtype, task.labels, seed, device, num_tokens)
+        return load_policy(settings, path, dtype, device, num_tokens)
 
 
 def check_length(architecture: Any, max_length: int) -> None:
@@ -146,7 +236,7 @@ def check_length(architecture: Any, max_length: int) -> None:
 
 
 def make_or_resume(
-    config: SftConfig,
+    config: TrainedConfig,
     model: nn.Module,
     dtype: torch.dtype,
     checkpoints: Checkpoints,
@@ -170,42 +260,49 @@ def make_or_resume(
     return engine, state
 
 
-def whole_weights(config: SftConfig, model: nn.Module, text: Text) -> ExtraWriter:
+def whole_weights(config: TrainedConfig, model: nn.Module, text: Text, task: Task) -> ExtraWriter:
     """All weights for a checkpoint, in HF layout, so that a resumed run loads them as any model."""
 
     def write(engine: Engine, directory: Path) -> None:
         weights = gathered_state_dict(engine)
         if weights:
-            write_model(config, engine.module, weights, text, directory / "model")
+            write_model(config, engine.module, weights, text, task, directory / "model")
 
     return ExtraWriter(write, 4 * count_parameters(model).total)
 
 
 def write_model(
-    config: SftConfig, model: nn.Module, weights: dict[str, torch.Tensor], text: Text, directory: Path
+    config: TrainedConfig,
+    model: nn.Module,
+    weights: dict[str, torch.Tensor],
+    text: Text,
+    task: Task,
+    directory: Path,
+    reward: dict[str, Any] | None = None,
 ) -> None:
-    """The final model in HF layout, or the adapter in PEFT's."""
+    """The final model in HF layout, or the adapter in PEFT's. reward: what is known of the scores (see manifest)."""
     check_space(directory.parent, sum(t.nbytes for t in weights.values()), "the final model")
     jinja = None if text.template.name in ("none", "tokenizer") else text.template.jinja
     if config.lora.enabled:
-        source = model_dir(str(config.model.path))[0]
+        source = model_dir(str(config.model.path), task.starts_from)[0]
         # An adapter is found from anywhere; a hub id stays one.
         base = str(Path(source).resolve()) if Path(source).is_dir() else source
         save_adapter(model, weights, directory, text.tokenizer, base, jinja)
         return
     plain = plain_model(model)
     stop = text.template.stop[0] if text.template.stop else None
-    save_model(plain.config, weights, directory, text.tokenizer, jinja, plain.generation_config, stop)
+    generation = None if task.is_reward else plain.generation_config
+    save_model(plain.config, weights, directory, text.tokenizer, jinja, generation, stop, reward=reward)
 
 
-def drawn_layers(config: SftConfig, model: nn.Module, step: int) -> list[int]:
+def drawn_layers(config: TrainedConfig, model: nn.Module, step: int) -> list[int]:
     """LISA's blocks for a step."""
     settings = config.model.trainable
     blocks = len(find_blocks(plain_model(model)))
     return lisa_draw(blocks, settings.lisa_layers, config.train.seed, step // settings.lisa_interval)
 
 
-def redraw_lisa(engine: Engine, step: int, config: SftConfig, dtype: torch.dtype, run: Run) -> Engine:
+def redraw_lisa(engine: Engine, step: int, config: TrainedConfig, dtype: torch.dtype, run: Run) -> Engine:
     """Another engine when LISA draws other blocks at this step; flags alone would leave the old blocks moving."""
     settings = config.model.trainable
     if settings.mode != "lisa" or step == 0 or step % settings.lisa_interval:

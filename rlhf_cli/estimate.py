@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 
 from rlhf_cli.data import plan
+from rlhf_cli.data.comparisons import PreparedComparisons
 from rlhf_cli.data.dataset import Prepared
 from rlhf_cli.models.load import resolve_dtype
 from rlhf_cli.models.memory import MemoryEstimate, estimate_memory
 from rlhf_cli.ops.schedule import warmup_steps
-from rlhf_cli.schema import SftConfig
+from rlhf_cli.schema import SftConfig, TrainedConfig
 from rlhf_cli.schema.stages import grad_accum_steps
 
 
@@ -24,31 +25,40 @@ class Plan(NamedTuple):
     rows: list[tuple[str, str]]
 
 
-def plan_run(config: SftConfig, data: Prepared, architecture: Any, world_size: int, for_gpu: bool) -> Plan:
+def plan_run(
+    config: TrainedConfig,
+    data: Prepared | PreparedComparisons,
+    architecture: Any,
+    world_size: int,
+    for_gpu: bool,
+) -> Plan:
     """Estimate a job of `world_size` ranks; for_gpu: model.dtype=auto then means bf16."""
     settings = config.train
     rows = plan.epoch_rows(len(data.train), data.train.repeats)
     steps = plan.num_steps(rows, settings.global_batch_size, settings.epochs, settings.max_steps)
     name = "bf16" if for_gpu and config.model.dtype == "auto" else config.model.dtype
     dtype = resolve_dtype(name, torch.device("cpu"))
-    length = config.data.max_length if config.data.packing else int(data.train.lengths.max())
+    packing = isinstance(config, SftConfig) and config.data.packing
+    length = config.data.max_length if packing else int(data.train.lengths.max())
+    sequences = 1 if isinstance(data, Prepared) else data.sequences_per_row
     memory = estimate_memory(
-        architecture, config.model, config.lora, config.deepspeed, dtype, world_size, settings.micro_batch_size, length,
-        on_cpu=not for_gpu,
+        architecture, config.model, config.lora, config.deepspeed, dtype, world_size,
+        sequences * settings.micro_batch_size, length, on_cpu=not for_gpu,
     )  # fmt: skip
     checkpoint = 12 * memory.trainable_params
     if config.model.trainable.mode == "lisa":
         checkpoint += dtype.itemsize * memory.total_params
     accumulation = grad_accum_steps(settings.global_batch_size, settings.micro_batch_size, world_size)
     per_epoch = plan.steps_per_epoch(rows, settings.global_batch_size)
-    batch = f"{settings.global_batch_size} rows a step = {settings.micro_batch_size} sequences x {_ranks(world_size)}"
+    what = "sequences" if isinstance(data, Prepared) else data.kind
+    batch = f"{settings.global_batch_size} rows a step = {settings.micro_batch_size} {what} x {_ranks(world_size)}"
     saved = (
         f"{settings.keep_checkpoints} kept" if settings.save_every else "written when interrupted (train.save_every=0)"
     )
     params = f"{memory.total_params:,} parameters, {memory.trainable_params:,} trained, {dtype}"
     table = [
         ("data", _describe_data(data, rows)),
-        ("batch", f"{batch} x {accumulation} accumulation" + (", packed into fewer" if config.data.packing else "")),
+        ("batch", f"{batch} x {accumulation} accumulation" + (", packed into fewer" if packing else "")),
         ("steps", f"{steps} ({per_epoch} an epoch), {warmup_steps(config.optim, steps)} of them warm-up"),
         ("model", params.replace("torch.", "")),
         ("longest row", f"{length} tokens"),
@@ -59,8 +69,8 @@ def plan_run(config: SftConfig, data: Prepared, architecture: Any, world_size: i
     return Plan(steps, memory, checkpoint, table)
 
 
-def _describe_data(data: Prepared, rows: int) -> str:
-    kept = f"{len(data.train)} sequences to train on"
+def _describe_data(data: Prepared | PreparedComparisons, rows: int) -> str:
+    kept = f"{len(data.train)} {'sequences' if isinstance(data, Prepared) else data.kind} to train on"
     if rows != len(data.train):
         kept += f" ({rows} an epoch with weights)"
     evaluation = f", {len(data.eval)} to evaluate on" if data.eval is not None else ", none to evaluate on"

@@ -12,7 +12,7 @@ from typing import Any
 from rlhf_cli import __version__
 from rlhf_cli.config.tree import options, recipes
 from rlhf_cli.schema import STAGES, StageInfo, known_keys
-from rlhf_cli.schema.build import describe_type
+from rlhf_cli.schema.build import describe_type, item_class
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 the run failed, 2 the request is wrong (nothing started), 130/143 interrupted, state saved"
@@ -56,24 +56,29 @@ def stage_help(stage: StageInfo) -> str:
         "",
     ]
     out += ["examples:"] + [f"  {e}" for e in stage.examples] + [""]
-    out += ["recipes (conf=NAME):"]
-    shipped = recipes(stage.name)
-    width = max((len(r.name) for r in shipped), default=0)
-    out += [f"  {r.name:<{width}}  {r.purpose}" for r in shipped] + [""]
-    out += ["groups (one word sets several options):"]
-    out += [f"  {g + '=':<11} {', '.join(options(g))}" for g in stage.groups] + [""]
+    shipped = recipes(stage)
+    if shipped:
+        width = max(len(r.name) for r in shipped)
+        out += ["recipes (conf=NAME):", *(f"  {r.name:<{width}}  {r.purpose}" for r in shipped), ""]
+    if stage.groups:
+        out += ["groups (one word sets several options):"]
+        out += [f"  {g + '=':<11} {', '.join(options(g, stage))}" for g in stage.groups] + [""]
     out += ["options:", *option_lines(stage.config), "", EXIT_CODES]
     return "\n".join(out)
 
 
-def option_lines(config: type) -> list[str]:
-    """Every option of a config, a head line for each section."""
+def option_lines(config: type, prefix: str = "") -> list[str]:
+    """Every option of a config with its meaning, those of listed sections too."""
     lines: list[str] = []
     width = max(60, min(110, shutil.get_terminal_size((110, 24)).columns))
     hints = _leaf_hints(config)
     for key, field in known_keys(config).items():
-        lines.append(f"  {key}  ({describe_option(hints[key], field)})")
+        item = item_class(hints[key])
+        allowed = f"a list, default {default_text(field)}" if item else describe_option(hints[key], field)
+        lines.append(f"  {prefix}{key}  ({allowed})")
         lines += textwrap.wrap(field.metadata["help"], width, initial_indent="      ", subsequent_indent="      ")
+        if item:
+            lines += option_lines(item, f"{prefix}{key}[].")
     return lines
 
 
@@ -117,9 +122,9 @@ def completions(words: list[str]) -> list[str]:
     key, typed = last.split("=", 1)
     hint = _leaf_hints(stage.config).get(key)
     if key == "conf":
-        values = [r.name for r in recipes(stage.name)]
+        values = [r.name for r in recipes(stage)]
     elif key in stage.groups:
-        values = options(key)
+        values = options(key, stage)
     elif hint is bool:
         values = ["true", "false"]
     else:

@@ -16,6 +16,7 @@ from rlhf_cli.config.requests import check_request
 from rlhf_cli.errors import EXIT_DONE, ConfigError, Problem
 from rlhf_cli.launch import JobResult, run_job, visible_gpus, world_size
 from rlhf_cli.rundir import read_manifest, update_manifest
+from rlhf_cli.schema import LaunchConfig
 
 Echo = Callable[[str], None]
 
@@ -29,7 +30,12 @@ class Outcome(NamedTuple):
 
 def request_problems(config: Any, *, weights_needed: bool = True) -> list[Problem]:
     """What is wrong with a typed config on this machine: files, batch arithmetic, missing GPUs."""
-    return list(check_request(config, world_size(config.launch), visible_gpus() > 0, weights_needed))
+    return list(check_request(config, world_size(launch_of(config)), visible_gpus() > 0, weights_needed))
+
+
+def launch_of(config: Any) -> LaunchConfig:
+    """How the ranks of a stage are started; one process where the config does not speak of ranks."""
+    return getattr(config, "launch", LaunchConfig(num_processes=1, launcher="elastic"))
 
 
 def checked(composed: Composed, *, weights_needed: bool = True) -> Any:
@@ -67,9 +73,9 @@ def start(
     with held:
         for note in found.notes:
             echo(f"{where}: {note}")
-        ranks = world_size(config.launch)
+        ranks = world_size(launch_of(config))
         echo(f"{where}: {found.state} run, {ranks} {'rank' if ranks == 1 else 'ranks'}")
-        result = run_job(frozen, where, config.launch, echo)
+        result = run_job(frozen, where, launch_of(config), echo)
         return Outcome(_settle(where, result, echo), where)
 
 
@@ -96,5 +102,12 @@ def dry_run(stage: str, words: list[str], echo: Echo) -> int:
     echo(f"run_dir: {where} ({found.state})")
     with tempfile.TemporaryDirectory() as scratch:
         frozen = freeze(Path(scratch), values)
-        command = [sys.executable, "-m", "rlhf_cli.worker", str(frozen), "--dry-run", str(world_size(config.launch))]
+        command = [
+            sys.executable,
+            "-m",
+            "rlhf_cli.worker",
+            str(frozen),
+            "--dry-run",
+            str(world_size(launch_of(config))),
+        ]
         return subprocess.run(command, env={**os.environ, "TOKENIZERS_PARALLELISM": "true"}, check=False).returncode

@@ -16,7 +16,7 @@ from rlhf_cli.data.rows import Message
 from rlhf_cli.data.token_rows import TokenRows
 from rlhf_cli.data.tokenize import encode_prompt, make_encoder
 from rlhf_cli.files import write_text
-from rlhf_cli.loop import Micro, StepData
+from rlhf_cli.loop import Conclusion, Micro, StepData
 from rlhf_cli.models.lora import plain_model
 from rlhf_cli.models.sample import sample_texts
 from rlhf_cli.run import Run
@@ -73,6 +73,10 @@ class LanguageModelObjective:
         if self.prompts:
             self._write_samples(engine, step)
         return figures
+
+    def conclude(self, engine: Engine, step: int) -> Conclusion:
+        """Nothing beyond the evaluations."""
+        return Conclusion()
 
     def _spread(self, source: TokenRows, rows: np.ndarray, packing: bool) -> list[plan.MicroBatch]:
         ranks = self.run.ranks

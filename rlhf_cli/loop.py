@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ BatchT = TypeVar("BatchT")
 
 
 class Micro(NamedTuple):
-    """One forward pass. loss_sum: scalar, not yet divided; sums: counted over ranks and logged as sum / normaliser."""
+    """One forward pass. loss_sum: scalar, not yet divided; sums: by name, added over ranks, logged per sample."""
 
     loss_sum: torch.Tensor
     sums: dict[str, torch.Tensor]
@@ -46,8 +47,20 @@ class StepData(NamedTuple, Generic[BatchT]):
     samples: int
 
 
+class Conclusion(NamedTuple):
+    """What an objective knows at the end. figures: final ones beside the last evaluation's; reward: what is known of a
+    reward model's scores, for the manifest; plots: drawn beside the curves; tables: (title, rows) for the terminal."""
+
+    figures: dict[str, float] = {}
+    reward: dict[str, Any] | None = None
+    plots: tuple[Path, ...] = ()
+    tables: tuple[tuple[str, list[tuple[str, str]]], ...] = ()
+
+
 class Objective(Protocol[BatchT]):
-    """What a stage brings to the loop."""
+    """What a stage brings to the loop. total_steps: optimizer steps from beginning to end."""
+
+    total_steps: int
 
     def step_data(self, step: int) -> StepData[BatchT]:
         """Rows of step `step` (0 is the first) as this rank's micro-batches."""
@@ -61,11 +74,15 @@ class Objective(Protocol[BatchT]):
     def epoch(self, step: int) -> float:
         """Passes over the data after `step` steps."""
 
+    def conclude(self, engine: Engine, step: int) -> Conclusion:
+        """The last word, when the loop has ended. step: the one whose weights are kept. All ranks call it."""
+
 
 @dataclass
 class LoopState:
     """Everything of the loop that a checkpoint keeps beside engine and RNG.
 
+    best_eval: the figures of the evaluation with the lowest eval_loss.
     unevaluated: the line of the last step when a stop request came before its evaluation, which is then still to do.
     """
 
@@ -73,7 +90,7 @@ class LoopState:
     tokens: int = 0
     samples: int = 0
     seconds: float = 0.0
-    best_loss: float | None = None
+    best_eval: dict[str, float] = field(default_factory=dict)
     best_step: int | None = None
     evaluations_without_gain: int = 0
     last_eval: dict[str, float] = field(default_factory=dict)
@@ -109,10 +126,9 @@ class Trackers:
 
 
 class Work(NamedTuple):
-    """What is to be trained, how long, and how."""
+    """What is to be trained, and how."""
 
     objective: Objective[Any]
-    total_steps: int
     train: TrainConfig
     optim: OptimConfig
 
@@ -129,12 +145,12 @@ def train(
     trackers: Trackers,
     hooks: Hooks,
 ) -> tuple[Engine, Ending]:
-    """Train from state.step to work.total_steps.
+    """Train from state.step to the objective's last step.
 
     Returns the engine that was used last and how it ended. When interrupted, a checkpoint has been written.
     Raises RunFailed when the loss or the gradient is no longer a number.
     """
-    train, total_steps = work.train, work.total_steps
+    train, total_steps = work.train, work.objective.total_steps
     if trackers.display is not None:
         trackers.display.start(state.step, total_steps)
     window = _Window()
@@ -184,14 +200,15 @@ def _one_step(
         engine.backward(micro.loss_sum / data.normaliser)
         for name, value in [("loss", micro.loss_sum), *micro.sums.items()]:
             sums[name] = sums.get(name, torch.zeros((), device=ranks.device)) + value.detach().float()
-    lr = learning_rate(work.optim, state.step, work.total_steps)
+    lr = learning_rate(work.optim, state.step, objective.total_steps)
     grad_norm = engine.step(lr)
     names = sorted(sums)
     # One collective for all figures, and for whether any rank was told to stop.
     totals = sum_over_ranks(
         torch.stack([*(sums[n] for n in names), torch.tensor(float(watch.requested), device=ranks.device)])
     )
-    means = {n: t / data.normaliser for n, t in zip(names, totals.tolist(), strict=False)}
+    divisors = {"loss": data.normaliser}
+    means = {n: t / divisors.get(n, data.samples) for n, t in zip(names, totals.tolist(), strict=False)}
     state.step += 1
     state.tokens += data.tokens
     state.samples += data.samples
@@ -228,8 +245,9 @@ def _evaluate(
     line |= figures
     state.last_eval = figures
     if "eval_loss" in figures:
-        if state.best_loss is None or figures["eval_loss"] < state.best_loss - train.early_stopping.min_delta:
-            state.best_loss, state.best_step, state.evaluations_without_gain = figures["eval_loss"], state.step, 0
+        best = state.best_eval.get("eval_loss", math.inf)
+        if figures["eval_loss"] < best - train.early_stopping.min_delta:
+            state.best_eval, state.best_step, state.evaluations_without_gain = figures, state.step, 0
             if train.early_stopping.patience:
                 hooks.save_best(engine, state.step)
         else:

@@ -51,8 +51,8 @@ class Run:
 
 
 def open_run(config: Any, run_dir: Path, process: RankProcess, ranks: Ranks) -> Run:
-    """Seed this rank and start the manifest."""
-    seed_everything(config.train.seed, ranks.rank)
+    """Seed this rank and start the manifest. config: of any stage."""
+    seed_everything(config.train.seed if hasattr(config, "train") else 0, ranks.rank)
     display = Display(process.terminal, config.logging.progress, config.stage) if ranks.is_main else None
     if ranks.is_main:
         manifest.begin(run_dir, config.stage, to_dict(config), ranks.world_size)

@@ -20,7 +20,7 @@ import yaml
 from rlhf_cli.config.tree import conf_dir, options, recipes
 from rlhf_cli.help import EXIT_CODES, default_text
 from rlhf_cli.schema import STAGES, StageInfo, flatten
-from rlhf_cli.schema.build import describe_type
+from rlhf_cli.schema.build import describe_type, item_class
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "config.md"
@@ -94,13 +94,15 @@ def stage_parts(stage: StageInfo) -> Iterator[str]:
     """One stage: options by section, groups, recipes."""
     yield f"## rlhf {stage.name}\n\n{stage.summary[0].upper()}{stage.summary[1:]}.\n"
     yield from section_parts(stage.config, "", "")
-    yield f"### Groups of rlhf {stage.name}\n\nOne word sets several options: `lora=r16`.\n"
+    if stage.groups:
+        yield f"### Groups of rlhf {stage.name}\n\nOne word sets several options: `{stage.groups[0]}=...`.\n"
     for group in stage.groups:
-        rows = [group_row(group, option) for option in options(group)]
+        rows = [group_row(group, option) for option in options(group, stage)]
         yield table(["choice", "what it is for", "what it sets"], rows)
-    yield f"### Recipes of rlhf {stage.name}\n\n`conf=NAME`. The head of each file names its hardware and a command.\n"
-    rows = [[f"[`{r.name}`](../conf/recipe/{stage.name}/{r.name}.yaml)", r.purpose] for r in recipes(stage.name)]
-    yield table(["recipe", "what it does"], rows)
+    rows = [[f"[`{r.name}`](../conf/recipe/{stage.key}/{r.name}.yaml)", r.purpose] for r in recipes(stage)]
+    if rows:
+        yield f"### Recipes of rlhf {stage.name}\n\n`conf=NAME`. Each file's head names its hardware and a command.\n"
+        yield table(["recipe", "what it does"], rows)
 
 
 def section_parts(config: type, prefix: str, meaning: str) -> Iterator[str]:
@@ -110,9 +112,13 @@ def section_parts(config: type, prefix: str, meaning: str) -> Iterator[str]:
     leaves = [f for f in fields if not dataclasses.is_dataclass(hints[f.name])]
     title = f"### {prefix.rstrip('.')}\n\n{meaning[0].upper()}{meaning[1:]}.\n" if prefix else "### The run itself\n"
     rows = [option_row(f"{prefix}{f.name}", hints[f.name], f) for f in leaves]
-    yield "\n".join([title, table(["option", "allowed", "default", "meaning"], rows)])
+    if rows:
+        yield "\n".join([title, table(["option", "allowed", "default", "meaning"], rows)])
     for field in fields:
-        if field not in leaves:
+        item = item_class(hints[field.name])
+        if item is not None:
+            yield from section_parts(item, f"{prefix}{field.name}[].", f"one entry: {field.metadata['help']}")
+        elif field not in leaves:
             hint = typing.cast(type, hints[field.name])
             yield from section_parts(hint, f"{prefix}{field.name}.", field.metadata["help"])
 
@@ -125,6 +131,8 @@ def option_row(key: str, hint: object, field: dataclasses.Field[Any]) -> list[st
 
 def allowed(hint: object, limits: dict[str, float]) -> str:
     """A type with its limits; the words of a closed choice as code."""
+    if item_class(hint) is not None:
+        return "a list of mappings, see below"
     if typing.get_origin(hint) is Literal:
         return ", ".join(code(str(a)) for a in typing.get_args(hint))
     return describe_type(hint, limits)

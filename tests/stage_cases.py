@@ -1,4 +1,4 @@
-"""`rlhf sft` inside the ranks of a test pool: configs from words as on the command line, tiny data made here."""
+"""Stages inside the ranks of a test pool: configs from words as on the command line, tiny data made here."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from rlhf_cli.config.freeze import freeze
 from rlhf_cli.runtime.distributed import Ranks, barrier
 from rlhf_cli.runtime.process import RankProcess
 from rlhf_cli.runtime.stop import StopWatch
-from rlhf_cli.schema import SftConfig
-from rlhf_cli.stages import sft
+from rlhf_cli.stages import rm, sft
 
 NOUNS = ["river", "king", "horse", "garden", "letter", "storm", "sword", "rose"]
 VERBS = ["sees", "takes", "loves", "fears", "follows"]
@@ -60,18 +59,55 @@ def words(data: Path, **more: Any) -> list[str]:
     return [f"{key}={value}" for key, value in base.items()]
 
 
+POLITE = ["please", "thank you", "kindly", "certainly"]
+
+
+def write_pairs(path: Path, rows: int = 200, seed: int = 0, flipped: float = 0.0) -> Path:
+    """Prompts with two answers of equal kind and length, of which the chosen one has a polite word in it; the sides of
+    a share `flipped` of the rows are exchanged at random."""
+    draw = random.Random(seed)
+    sentence = lambda: f"the {draw.choice(NOUNS)} {draw.choice(VERBS)} the {draw.choice(NOUNS)}"
+    lines = []
+    for _ in range(rows):
+        polite, plain = sentence().split(), [*sentence().split(), draw.choice(["indeed", "often", "again", "now"])]
+        polite.insert(draw.randint(0, len(polite)), draw.choice(POLITE))
+        sides = [" ".join(polite), " ".join(plain)]
+        if draw.random() < flipped / 2:
+            sides.reverse()
+        lines.append(json.dumps({"prompt": f"{sentence()}?", "chosen": sides[0], "rejected": sides[1]}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def rm_words(data: Path, **more: Any) -> list[str]:
+    """As words, for `rlhf rm`."""
+    settings = {"model__tokenizer__train": "word", "data__validation_split_percentage": 25, "optim__lr": 0.003} | more
+    return [w for w in words(data, **settings) if not w.startswith("generation.")]
+
+
 def quiet_process(ranks: Ranks, run_dir: Path) -> RankProcess:
     return RankProcess(ranks.rank, ranks.local_rank, ranks.world_size, io.StringIO(), StopWatch(run_dir, ranks.rank))
 
 
 def run_sft(ranks: Ranks, run_dir: str, overrides: list[str]) -> dict[str, float]:
     """What a rank of `rlhf sft *overrides run_dir=...` does; returns the final figures."""
-    composed = compose_stage("sft", overrides)
+    config, where = start("sft", ranks, run_dir, overrides)
+    return sft.fine_tune(config, where, quiet_process(ranks, where), ranks)
+
+
+def run_rm(ranks: Ranks, run_dir: str, overrides: list[str]) -> dict[str, float]:
+    """What a rank of `rlhf rm *overrides run_dir=...` does; returns the final figures."""
+    config, where = start("rm", ranks, run_dir, overrides)
+    return rm.fit(config, where, quiet_process(ranks, where), ranks)
+
+
+def start(stage: str, ranks: Ranks, run_dir: str, overrides: list[str]) -> tuple[Any, Path]:
+    """(config, run directory) of a stage whose front has just frozen the config."""
+    composed = compose_stage(stage, overrides)
     assert not composed.problems + composed.unmet, composed.problems + composed.unmet
-    config: SftConfig = composed.config
     where = Path(run_dir)
     if ranks.is_main:
         freeze(where, composed.values | {"run_dir": run_dir})
     barrier()
     torch.set_num_threads(1)
-    return sft.fine_tune(config, where, quiet_process(ranks, where), ranks)
+    return composed.config, where

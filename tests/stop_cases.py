@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
+from rlhf_cli import training
 from rlhf_cli.runtime.distributed import Ranks
 from rlhf_cli.stages import sft
 from tests.stage_cases import run_sft
@@ -45,7 +46,7 @@ def run_sft_killed_at_the_end(ranks: Ranks, run_dir: str, overrides: list[str]) 
     def kill(*_: Any, **__: Any) -> None:
         raise Killed
 
-    with mock.patch.object(sft, "close_run", kill):
+    with mock.patch.object(training, "close_run", kill):
         try:
             run_sft(ranks, run_dir, overrides)
         except Killed:

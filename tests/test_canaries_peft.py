@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from tests.tiny_models import tiny_model
+from rlhf_cli.models.reward import new_reward_model
+from tests.tiny_models import ARCHS, tiny_config, tiny_model
 
 IDS = torch.tensor([[5, 6, 7]])
 
@@ -61,3 +62,30 @@ def test_ensure_weight_tying_still_misses_gpt2() -> None:
     config = LoraConfig(target_modules=["c_attn"], modules_to_save=["wte"], ensure_weight_tying=True)
     base = get_peft_model(tiny_model("gpt2", tie=True), config).get_base_model()
     assert not isinstance(base.get_output_embeddings(), AuxiliaryTrainingWrapper)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_sequence_classification_makes_peft_train_and_keep_the_head(arch: str) -> None:
+    # add_lora names no module: PEFT takes `score` (and `classifier`, which decoders do not have) by itself.
+    model = new_reward_model(tiny_config(arch), ["no", "yes"], torch.float32, 0)
+    start = model.score.weight.detach().clone()
+    config = LoraConfig(task_type="SEQ_CLS", target_modules="all-linear")
+    wrapped = get_peft_model(model, config)
+    assert sorted(wrapped.peft_config["default"].modules_to_save) == ["classifier", "score"]
+    head = wrapped.get_base_model().score
+    assert isinstance(head, ModulesToSaveWrapper)
+    copied = head.modules_to_save["default"].weight
+    assert torch.equal(copied, start)
+    assert copied.data_ptr() != head.original_module.weight.data_ptr()
+    assert (copied.requires_grad, head.original_module.weight.requires_grad) == (True, False)
+    with torch.no_grad():
+        copied.add_(1)
+    stored = get_peft_model_state_dict(wrapped)
+    assert torch.equal(stored["base_model.model.score.weight"], start + 1)
+    assert not [n for n in stored if "score" in n and n != "base_model.model.score.weight"]
+
+
+def test_a_classifier_has_no_output_embeddings() -> None:
+    # add_lora(train_embeddings=True), growing and the memory estimate go by it.
+    for arch in ARCHS:
+        assert new_reward_model(tiny_config(arch, tie=True), None, torch.float32, 0).get_output_embeddings() is None

@@ -65,20 +65,24 @@ def test_the_config_of_a_run_repeats_it_elsewhere(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_shipped_yaml_composes(stage: str) -> None:
-    for recipe in recipes(stage):
+    for recipe in recipes(STAGES[stage]):
         composed = compose_stage(stage, [f"conf={recipe.name}", "data.path=x.jsonl", "model.path=m"])
         fatal = [p for p in composed.problems + composed.unmet if p.key not in ("model.path", "path")]
         assert not fatal, recipe.name
     for group in STAGES[stage].groups:
-        for option in options(group):
+        for option in options(group, STAGES[stage]):
             assert not compose_stage(stage, [f"{group}={option}"]).problems, f"{group}={option}"
     shipped = {p.relative_to(conf_dir()).parts[0] for p in conf_dir().rglob("*.yaml")}
-    assert shipped == {*(g for s in STAGES.values() for g in s.groups), "recipe", *(f"{s}.yaml" for s in STAGES)}
+    assert shipped == {
+        *(g for s in STAGES.values() for g in s.groups),
+        "recipe",
+        *(f"{s.key}.yaml" for s in STAGES.values()),
+    }
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_recipe_opens_with_purpose_hardware_command_and_an_override(stage: str) -> None:
-    for recipe in recipes(stage):
+    for recipe in recipes(STAGES[stage]):
         head = [line for line in recipe.path.read_text().splitlines() if line.startswith("#")]
         assert head[1].startswith("# Hardware: "), recipe.name
         assert any(line.startswith(f"# Run:      rlhf {stage} conf={recipe.name}") for line in head), recipe.name

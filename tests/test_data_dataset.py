@@ -241,13 +241,13 @@ def test_chunks_do_not_change_the_tokens(run: Run, tmp_path: Path, monkeypatch: 
 
 def count_builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     built: list[Path] = []
-    real = dataset.build_entry
+    real = cache.build_entry
 
     def build(entry: Path, write: Any) -> None:
         built.append(entry)
         real(entry, write)
 
-    monkeypatch.setattr(dataset, "build_entry", build)
+    monkeypatch.setattr(cache, "build_entry", build)
     return built
 
 

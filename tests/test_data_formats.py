@@ -81,9 +81,9 @@ def test_ambiguous_and_unknown_columns_are_explained() -> None:
     with pytest.raises(DataError, match="fit text2text and conversation"):
         detect_format(Row({"prompt": "x", "response": "y", "messages": TURNS}, "a.jsonl:1"))
     with pytest.raises(DataError) as caught:
-        detect_format(Row({"sample": "x", "sentiment": "happy"}, "a.jsonl:1", "float_only"))
+        detect_format(Row({"passage": "x", "mood": "happy"}, "a.jsonl:1", "float_only"))
     message = str(caught.value)
-    assert "a.jsonl:1: cannot tell the format from the columns sample, sentiment" in message
+    assert "a.jsonl:1: cannot tell the format from the columns passage, mood" in message
     assert "float_only" in message
     assert "text2text: prompt or instruction or question or input + response or" in message
     assert "data.columns" in message

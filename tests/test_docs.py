@@ -165,7 +165,7 @@ def test_every_data_example_is_read_as_the_format_it_claims(example: Example, tm
     data = build(DataConfig, {"path": str(path), **example.settings})
     sources = open_sources(data, data.path)
     tallies = make_tallies(sources)
-    rows = [row for _, row in parsed_rows(data, sources, tallies)]
+    rows = [row for _, row in parsed_rows(data, sources, tallies, data.row_format)]
     assert tallies[0].formats == [example.format]
     assert rows
     if example.format in ("labelled", "prompts"):

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "rlhf_cli"
 
 # Each layer may import the ones it names, and itself. Both columns share the first few.
 BOTH = {"errors", "schema", "rundir", "files", "jobfiles"}
+TRAINING = BOTH | {"ops", "data", "models", "runtime", "loop", "run"}
 ALLOWED = {
     "__init__": set(),
     "errors": set(),
@@ -33,11 +34,16 @@ ALLOWED = {
     "models": BOTH | {"ops"},
     "runtime": BOTH | {"ops", "__init__"},
     "estimate": BOTH | {"ops", "data", "models"},
+    "judgement": BOTH | {"ops", "data"},
+    "reward": BOTH | {"ops", "data", "models", "runtime"},
     "loop": BOTH | {"ops", "runtime"},
     "run": BOTH | {"runtime", "loop"},
-    "assemble": BOTH | {"data", "models", "runtime", "loop", "run"},
-    "lm_objective": BOTH | {"data", "models", "runtime", "loop", "run", "assemble"},
-    "stages": BOTH | {"ops", "data", "models", "runtime", "loop", "run", "assemble", "lm_objective", "estimate"},
+    "assemble": TRAINING,
+    "training": TRAINING | {"assemble"},
+    "lm_objective": TRAINING | {"assemble"},
+    "comparison_objective": TRAINING | {"assemble", "judgement"},
+    "stages": TRAINING
+    | {"assemble", "training", "lm_objective", "comparison_objective", "judgement", "estimate", "reward"},
     "worker": BOTH | {"stages", "runtime"},
 }
 FRONT = BOTH | {"config", "launch", "job", "sweep", "help", "cli", "api", "__main__", "__init__"}

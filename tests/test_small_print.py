@@ -10,7 +10,7 @@ from rlhf_cli.models.sample import sample_texts
 from rlhf_cli.models.trainable import apply_trainable
 from rlhf_cli.runtime.flops import flops_per_token
 from rlhf_cli.schema import GenerationConfig, LoraConfig, TrainableConfig
-from rlhf_cli.stages.sft import multiplied_parameters
+from rlhf_cli.training import multiplied_parameters
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 

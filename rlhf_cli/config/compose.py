@@ -61,14 +61,14 @@ def _compose(
 ) -> dict[str, Any]:
     store = ConfigStore.instance()
     # Plain values, not the dataclass: types are checked once, by rlhf_cli.schema, which reports all problems together.
-    store.store(name=f"{stage.name}_schema", node=to_dict(stage.config()))
-    name, words = stage.name, [f"{group}={option}" for group, option in overrides.choices.items()]
+    store.store(name=f"{stage.key}_schema", node=to_dict(stage.config()))
+    name, words = stage.key, [f"{group}={option}" for group, option in overrides.choices.items()]
     if any(p.key in overrides.choices for p in problems):
         words = []  # a choice that does not exist was reported already
     if recipe and recipe.frozen:
         # A frozen config is complete: nothing below it, and a newly chosen group replaces its section.
         kept = {k: v for k, v in recipe.values.items() if k not in overrides.choices}
-        below = [f"{stage.name}_schema", "_self_", *({g: None} for g in stage.groups)]
+        below = [f"{stage.key}_schema", "_self_", *({g: None} for g in stage.groups)]
         store.store(name="_frozen_", node={"defaults": below, **kept})
         name = "_frozen_"
     elif recipe:

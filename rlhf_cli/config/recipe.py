@@ -50,7 +50,7 @@ def _find(stage: StageInfo, conf: str) -> Path:
         if not path.is_file():
             raise ConfigError([Problem("conf", f"no such file: {path}")])
         return path
-    shipped = {r.name: r.path for r in recipes(stage.name)}
+    shipped = {r.name: r.path for r in recipes(stage)}
     if conf in shipped:
         return shipped[conf]
     if (Path(conf) / "config.yaml").is_file():
@@ -112,16 +112,17 @@ def _choices(stage: StageInfo, path: Path, defaults: Any) -> dict[str, str]:
 def check_choice(stage: StageInfo, group: str, option: str) -> str | None:
     """What is wrong with choosing `option` of `group`, or None."""
     if group not in stage.groups:
-        return f"is not a config group of `rlhf {stage.name}`; groups: {', '.join(stage.groups)}"
-    if option not in options(group):
-        close = difflib.get_close_matches(option, options(group), n=1)
+        return f"is not a config group of `rlhf {stage.name}`; groups: {', '.join(stage.groups) or 'none'}"
+    allowed = options(group, stage)
+    if option not in allowed:
+        close = difflib.get_close_matches(option, allowed, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        return f"has no option {option!r}; {hint}allowed: {', '.join(options(group))}"
+        return f"has no option {option!r}; {hint}allowed: {', '.join(allowed)}"
     return None
 
 
 def other_stages_with(key: str, stage: StageInfo) -> list[str]:
     """The stages that know a section which this stage does not."""
     top = key.split(".")[0]
-    others = [s for s in STAGES.values() if s.name != stage.name]
-    return [s.name for s in others if top in {f.name for f in dataclasses.fields(s.config)}]
+    knowing = [s.name for s in STAGES.values() if top in {f.name for f in dataclasses.fields(s.config)}]
+    return [] if stage.name in knowing else knowing

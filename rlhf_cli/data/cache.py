@@ -16,15 +16,6 @@ import numpy as np
 from rlhf_cli.errors import DataError
 
 INFO = "info.json"
-# column: its type. (tokens,) the first two, (N + 1,) offsets, (N,) the rest.
-COLUMNS = {
-    "input_ids": np.dtype(np.int32),
-    "trained": np.dtype(bool),
-    "offsets": np.dtype(np.int64),
-    "row_digests": np.dtype(np.uint64),
-    "row_numbers": np.dtype(np.int64),
-    "sources": np.dtype(np.int32),
-}
 
 Columns = dict[str, np.ndarray]
 
@@ -48,6 +39,21 @@ def load_entry(entry: Path) -> tuple[dict[str, Any], dict[str, Columns]] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return info["info"], parts
+
+
+def load_or_build(
+    entry: Path, write: Callable[[Path], Mapping[str, Any]], report: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, Columns]]:
+    """What load_entry gives, after build_entry where there is no entry yet. report gets a line when there is one."""
+    found = load_entry(entry)
+    if found is not None:
+        report(f"data: tokens from the cache {entry}")
+        return found
+    build_entry(entry, write)
+    found = load_entry(entry)
+    if found is None:
+        raise DataError(f"tokenised data in {entry} is damaged as soon as it is written; check the disk")
+    return found
 
 
 def build_entry(entry: Path, write: Callable[[Path], Mapping[str, Any]]) -> None:
@@ -96,6 +102,29 @@ class ColumnWriter:
         self.handle.flush()
         os.fsync(self.handle.fileno())
         self.handle.close()
+
+
+class PartWriter:
+    """Appends to the columns of one part of an entry, chunk by chunk.
+
+    dtypes: column -> its type. bounds: column of ends -> the column that they are positions in; such a column starts
+    with a 0, and the ends of a chunk are counted from the chunk's own start.
+    """
+
+    def __init__(self, folder: Path, dtypes: Mapping[str, Any], bounds: Mapping[str, str]):
+        self.columns = {name: ColumnWriter(folder / f"{name}.npy", np.dtype(dtype)) for name, dtype in dtypes.items()}
+        self.bounds = bounds
+        for name in bounds:
+            self.columns[name].append(np.zeros(1))
+
+    def append(self, chunk: Columns) -> None:
+        starts = {name: self.columns[inner].length for name, inner in self.bounds.items()}
+        for name, column in self.columns.items():
+            column.append(chunk[name] + starts[name] if name in starts else chunk[name])
+
+    def close(self) -> None:
+        for column in self.columns.values():
+            column.close()
 
 
 def _write_header(handle: IO[bytes], dtype: np.dtype, length: int) -> int:

@@ -1,6 +1,7 @@
 """Token sequences -> one micro-batch of tensors.
 
 B rows of the batch, T positions. Position t predicts the token at t + 1, so targets[t] is input_ids[t + 1].
+Comparisons: n groups of together N sequences.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+
+from rlhf_cli.data.comparison_rows import ComparisonRows
 
 IGNORED = -100  # torch's default ignore_index
 
@@ -76,6 +79,52 @@ def collate(
     num_targets = int((targets != IGNORED).sum())
     tensor = torch.from_numpy
     return Batch(tensor(input_ids), tensor(position_ids), tensor(targets), num_targets)
+
+
+class ComparisonBatch(NamedTuple):
+    """input_ids, position_ids (N, T) int64, right padded, without attention mask as in Batch; last (N,) int64: position
+    of each sequence's last token, where its score is read.
+
+    ranks (N,) float64, prompt_ids (N,) int64: number of the group in this batch; the sequences of a group stand next to
+    each other, those of a pair chosen first. margins (n,) float64, labels (n,) int64. num_groups: n.
+
+    A batch without groups still has one row, of one padding token: N = 1 for input_ids, position_ids and last, but
+    ranks and prompt_ids are empty. So scores[: len(ranks)] are the scores that count, in every batch.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    last: torch.Tensor
+    ranks: torch.Tensor
+    prompt_ids: torch.Tensor
+    margins: torch.Tensor
+    labels: torch.Tensor
+    num_groups: int
+
+
+def collate_comparisons(rows: ComparisonRows, groups: Sequence[int], pad_id: int) -> ComparisonBatch:
+    """All sequences of these groups in one batch, in their order."""
+    sequences = [sequence for group in groups for sequence in rows.sequences(group)]
+    lines = [rows.ids(sequence) for sequence in sequences] or [np.array([pad_id])]
+    shape = (len(lines), max(map(len, lines)))
+    input_ids = np.full(shape, pad_id, np.int64)
+    for i, ids in enumerate(lines):
+        input_ids[i, : len(ids)] = ids
+    position_ids = np.broadcast_to(np.arange(shape[1]), shape).copy()
+    last = np.array([len(ids) - 1 for ids in lines], np.int64)
+    chosen = np.array(groups, np.int64)
+    prompt_ids = np.repeat(np.arange(len(groups)), rows.counts[chosen])
+    tensor = torch.from_numpy
+    return ComparisonBatch(
+        tensor(input_ids),
+        tensor(position_ids),
+        tensor(last),
+        tensor(rows.ranks[np.array(sequences, np.int64)]),
+        tensor(prompt_ids),
+        tensor(rows.margins[chosen]),
+        tensor(rows.labels[chosen]),
+        len(groups),
+    )
 
 
 def _empty(pad_id: int) -> Batch:

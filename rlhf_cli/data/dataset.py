@@ -6,24 +6,42 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_cli.data.cache import COLUMNS, Columns, ColumnWriter, build_entry, cache_root, load_entry
-from rlhf_cli.data.rows import RowError, TextRow, TrainingRow, row_digest
-from rlhf_cli.data.stream import Tally, eval_count, make_tallies, open_sources, split_lone_document, training_rows
+from rlhf_cli.data.cache import Columns, PartWriter, cache_root, load_or_build
+from rlhf_cli.data.rows import RowError, TextRow, TrainingRow, num_chars, row_digest
+from rlhf_cli.data.stream import (
+    Tally,
+    eval_count,
+    in_chunks,
+    make_tallies,
+    named_infos,
+    nothing_left,
+    open_sources,
+    report_counts,
+    split_lone_document,
+    training_rows,
+)
 from rlhf_cli.data.templates import Segment, Template
 from rlhf_cli.data.token_rows import TokenRows, repeats_from_weights
 from rlhf_cli.data.tokenize import Encoder, encode_rows, fit_length, make_encoder, row_segments
-from rlhf_cli.errors import DataError
 from rlhf_cli.schema import DataConfig
 
 # Raised whenever the same data and settings give other tokens than before; old entries are then not found.
 CACHE_VERSION = 1
 CHUNK_ROWS, CHUNK_CHARS = 2048, 1 << 22
+# (tokens,) the first two, (N + 1,) offsets, (N,) the rest
+COLUMNS = {
+    "input_ids": np.int32,
+    "trained": np.bool_,
+    "offsets": np.int64,
+    "row_digests": np.uint64,
+    "row_numbers": np.int64,
+    "sources": np.int32,
+}
 # The settings that decide which tokens come out. Packing and weights act on the prepared sequences.
 TELLING = (
     "format",
@@ -70,33 +88,25 @@ def prepare(
     eval_tallies = make_tallies(eval_sources)
     digest = _digest(data, tallies, eval_tallies, tokenizer_digest, template)
     entry = cache_root(data.cache_dir) / digest
-    found = load_entry(entry)
-    if found is not None:
-        report(f"data: tokens from the cache {entry}")
-    else:
+
+    def write(folder: Path) -> dict[str, Any]:
         encoder = make_encoder(tokenizer)
+        rows = training_rows(data, sources, tallies)
+        rows, lone = split_lone_document(rows, data.validation_split_percentage)
+        count = _write_part(folder / "train", data, rows, tallies, encoder, template, progress)
+        num_eval = 1 if lone else eval_count(count, data.validation_split_percentage)
+        if eval_sources:
+            rows = training_rows(data, eval_sources, eval_tallies)
+            _write_part(folder / "eval", data, rows, eval_tallies, encoder, template, progress)
+        if lone:  # one row all the same
+            for tally in tallies:
+                tally.kept = min(tally.kept, tally.rows)
+                tally.overlong = Counter(dict.fromkeys(tally.overlong, 1))
+        infos = [[tally.as_info() for tally in side] for side in (tallies, eval_tallies)]
+        return {"train_rows": count - num_eval, "train": infos[0], "eval": infos[1]}
 
-        def write(folder: Path) -> dict[str, Any]:
-            rows = training_rows(data, sources, tallies)
-            rows, lone = split_lone_document(rows, data.validation_split_percentage)
-            count = _write_part(folder / "train", data, rows, tallies, encoder, template, progress)
-            num_eval = 1 if lone else eval_count(count, data.validation_split_percentage)
-            if eval_sources:
-                rows = training_rows(data, eval_sources, eval_tallies)
-                _write_part(folder / "eval", data, rows, eval_tallies, encoder, template, progress)
-            if lone:  # one row all the same
-                for tally in tallies:
-                    tally.kept = min(tally.kept, tally.rows)
-                    tally.overlong = Counter(dict.fromkeys(tally.overlong, 1))
-            infos = [[tally.as_info() for tally in side] for side in (tallies, eval_tallies)]
-            return {"train_rows": count - num_eval, "train": infos[0], "eval": infos[1]}
-
-        build_entry(entry, write)
-        found = load_entry(entry)
-        if found is None:
-            raise DataError(f"tokenised data in {entry} is damaged as soon as it is written; check the disk")
-    prepared = _open(data, digest, *found)
-    _report_counts(prepared, report)
+    prepared = _open(data, digest, *load_or_build(entry, write, report))
+    report_counts(prepared.info, report)
     return prepared
 
 
@@ -125,19 +135,14 @@ def _write_part(
     progress: Progress | None,
 ) -> int:
     """Write the sequences of all rows, chunk by chunk; returns the number of rows before overlong ones were dropped."""
-    writers = {name: ColumnWriter(folder / f"{name}.npy", dtype) for name, dtype in COLUMNS.items()}
-    writers["offsets"].append(np.zeros(1))
+    writer = PartWriter(folder, COLUMNS, bounds={"offsets": "input_ids"})
     count = 0
-    for chunk in _chunks(rows):
-        columns = _tokenise_chunk(data, chunk, count, tallies, encoder, template)
-        columns["offsets"] += writers["input_ids"].length
-        for name, values in columns.items():
-            writers[name].append(values)
+    for chunk in in_chunks(rows, lambda numbered: num_chars(numbered[1]), CHUNK_ROWS, CHUNK_CHARS):
+        writer.append(_tokenise_chunk(data, chunk, count, tallies, encoder, template))
         count += len(chunk)
         if progress is not None:
             progress(count, None)
-    for writer in writers.values():
-        writer.close()
+    writer.close()
     return count
 
 
@@ -149,7 +154,7 @@ def _tokenise_chunk(
     encoder: Encoder,
     template: Template,
 ) -> Columns:
-    """The columns of one chunk, without the leading 0 of offsets, and with offsets that start from it."""
+    """The columns of one chunk, as PartWriter takes them."""
     cut: list[tuple[int, list[Segment]]] = []
     for i, (source, row) in enumerate(chunk):
         try:
@@ -186,38 +191,22 @@ def _tokenise_chunk(
     }
 
 
-def _chunks(rows: NumberedRows) -> Iterator[list[tuple[int, TrainingRow]]]:
-    """A bounded number of rows and characters at a time (one row at least)."""
-    chunk: list[tuple[int, TrainingRow]] = []
-    chars = 0
-    for number, row in rows:
-        chunk.append((number, row))
-        chars += len(row.text) if isinstance(row, TextRow) else sum(len(m.content) for m in row.messages)
-        if len(chunk) >= CHUNK_ROWS or chars >= CHUNK_CHARS:
-            yield chunk
-            chunk, chars = [], 0
-    if chunk:
-        yield chunk
-
-
 def _open(data: DataConfig, digest: str, info: dict[str, Any], parts: dict[str, Columns]) -> Prepared:
     """The sequences of a cache entry: the train part cut at its evaluation split, or with an eval part of its own."""
     columns = parts["train"]
-    infos = [*info["train"], *info["eval"]]
-    for entry, path in zip(infos, [*_paths(data.path), *_paths(data.eval_path)], strict=True):
-        entry["path"] = path  # the cache knows contents, not names
+    settings = f"data.overlong={data.overlong}, data.filters"
     num_train = int(np.searchsorted(columns["row_numbers"], info["train_rows"]))
     weights = np.array(data.weights)[columns["sources"][:num_train]] if data.weights else None
     train = _token_rows(columns, 0, num_train, weights)
     if not train.repeats.sum():
-        raise DataError(_nothing_left("train", info["train"], data))
+        raise nothing_left("train", info["train"], data, settings)
     evaluation = None
     if data.eval_path or data.validation_split_percentage:
         columns = parts.get("eval", columns)
         evaluation = _token_rows(columns, 0 if data.eval_path else num_train, len(columns["sources"]), None)
         if not len(evaluation):
-            raise DataError(_nothing_left("evaluate", info["eval"] or info["train"], data))
-    return Prepared(train, evaluation, infos, digest)
+            raise nothing_left("evaluate", info["eval"] or info["train"], data, settings)
+    return Prepared(train, evaluation, named_infos(data, [*info["train"], *info["eval"]]), digest)
 
 
 def _token_rows(columns: Columns, start: int, end: int, weights: np.ndarray | None) -> TokenRows:
@@ -226,26 +215,3 @@ def _token_rows(columns: Columns, start: int, end: int, weights: np.ndarray | No
     if weights is not None:
         repeats = repeats_from_weights(weights, digests, columns["row_numbers"][start:end])
     return TokenRows(columns["input_ids"], columns["trained"], columns["offsets"][start : end + 1], digests, repeats)
-
-
-def _paths(path: str | list[str] | None) -> list[str]:
-    return [path] if isinstance(path, str) else path or []
-
-
-def _nothing_left(purpose: str, infos: list[dict[str, Any]], data: DataConfig) -> str:
-    rows = sum(info["rows"] for info in infos)
-    dropped: Counter[str] = sum((Counter(info["dropped"]) for info in infos), Counter())
-    reasons = ", ".join(f"{reason}: {n}" for reason, n in dropped.most_common()) or "none was dropped"
-    return (
-        f"data.path: nothing is left to {purpose} on; of {rows} rows {reasons}."
-        f" Check data.max_length={data.max_length}, data.overlong={data.overlong}, data.filters, data.weights and"
-        f" data.validation_split_percentage={data.validation_split_percentage:g}"
-    )
-
-
-def _report_counts(prepared: Prepared, report: Callable[[str], None]) -> None:
-    for info in prepared.info:
-        line = f"data: {info['path']}: {info['kept']} of {info['rows']} rows, {info['sequences']} sequences,"
-        line += f" {info['tokens']} tokens, {info['trained_tokens']} trained"
-        counts = chain(info["dropped"].items(), info["overlong"].items())
-        report(line + "".join(f"; {reason}: {n}" for reason, n in counts))

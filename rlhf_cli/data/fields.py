@@ -10,7 +10,7 @@ from rlhf_cli.data.rows import Message, Row, RowError
 
 # Our name: what files call it, first match wins.
 ALIASES: dict[str, tuple[str, ...]] = {
-    "text": ("text",),
+    "text": ("text", "sample"),
     "prompt": ("prompt", "instruction", "question", "input"),
     "response": ("response", "output", "answer", "completion"),
     "responses": ("responses", "answers", "completions", "outputs", "output"),
@@ -19,10 +19,11 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "chosen": ("chosen", "positive"),
     "rejected": ("rejected", "negative"),
     "margin": ("margin",),
-    "label": ("label",),
+    "label": ("label", "sentiment"),
     "messages": ("messages", "conversations", "conversation"),
     "system": ("system",),
 }
+BESIDE_A_LABEL = "sample"  # a text where a label stands beside it; elsewhere a column of that name may be anything
 ROLES = {
     "user": "user",
     "human": "user",
@@ -43,6 +44,9 @@ def has_columns(values: Mapping[str, Any], name: str) -> bool:
     if column is None:
         return False
     value = values[column]
+    if column == BESIDE_A_LABEL:
+        others = ("prompt", "messages", "chosen", "responses")
+        return find_column(values, "label") is not None and not any(find_column(values, other) for other in others)
     if name == "response":
         return not isinstance(value, list) or _are_messages(value)
     if name == "responses":

@@ -14,15 +14,17 @@ GENERATED_LINES = 5
 
 def drop_reason(row: TrainingRow, filters: FilterConfig) -> str | None:
     """Why a row is left out, in words that can be counted; None = it stays."""
-    if isinstance(row, TextRow):
-        text = row.text
-        if not text.strip():
-            return "empty"
-    else:
-        if not any(m.content.strip() for m in row.messages[row.num_context :] if m.role == "assistant"):
-            return "empty reply"
-        text = "\n".join(message.content for message in row.messages)
+    if is_blank(row):
+        return "empty" if isinstance(row, TextRow) else "empty reply"
+    text = row.text if isinstance(row, TextRow) else "\n".join(message.content for message in row.messages)
     return _filter_reason(text, filters)
+
+
+def is_blank(row: TrainingRow) -> bool:
+    """Whether there is nothing to learn or to judge: no text, or a dialogue in which the assistant says nothing."""
+    if isinstance(row, TextRow):
+        return not row.text.strip()
+    return not any(m.content.strip() for m in row.messages[row.num_context :] if m.role == "assistant")
 
 
 def _filter_reason(text: str, filters: FilterConfig) -> str | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rlhf_cli.data.columns import RowFormat, render_row
-from rlhf_cli.data.fields import ALIASES, Fields, find_column, has_columns
+from rlhf_cli.data.fields import ALIASES, BESIDE_A_LABEL, Fields, find_column, has_columns
 from rlhf_cli.data.hh import looks_like_hh, parse_hh, split_common_prompt
 from rlhf_cli.data.rows import (
     DOCUMENT,
@@ -70,11 +70,16 @@ def detect_format(row: Row) -> str:
     )
 
 
-def describe_formats() -> str:
+def describe_formats(names: Iterable[str] = SHAPES) -> str:
     """What each format needs, one line each."""
     lines = []
-    for name, (needs, _) in SHAPES.items():
-        columns = " + ".join(" or ".join(ALIASES[n]) for n in sorted(needs, key=list(ALIASES).index))
+    for name in names:
+        needs, _ = SHAPES[name]
+        hidden = () if name == "labelled" else (BESIDE_A_LABEL,)
+        known = {
+            field: [a for a in ALIASES[field] if a not in hidden] for field in sorted(needs, key=list(ALIASES).index)
+        }
+        columns = " + ".join(" or ".join(aliases) for aliases in known.values())
         lines.append(f"  {name}: {columns}" + (" + ranks or scores" if name == "ranked" else ""))
     return "\n".join([*lines, "  hh: chosen + rejected, or text, each '\\n\\nHuman: ...\\n\\nAssistant: ...'"])
 
@@ -98,13 +103,9 @@ def to_training(row: ParsedRow) -> TrainingRow:
         case DialogueRow():
             return _training_dialogue(row.messages, row.num_context, row)
         case PairRow():
-            if isinstance(row.chosen, str):
-                return TextRow(row.chosen, row.source, row.columns)
-            prompt = row.prompt or ()
-            return _training_dialogue(prompt + row.chosen, len(prompt), row)
+            return answer_row(row, row.chosen)
         case RankedRow():
-            best = row.responses[row.ranks.index(min(row.ranks))]
-            return _training_dialogue((*row.prompt, Message("assistant", best)), len(row.prompt), row)
+            return answer_row(row, row.responses[row.ranks.index(min(row.ranks))])
         case LabelledRow():
             raise DataError(
                 f"{row.source}: a labelled row has a text and a label; say what to train on:"
@@ -115,6 +116,15 @@ def to_training(row: ParsedRow) -> TrainingRow:
                 f"{row.source}: a prompt without an answer cannot be trained on; name the answer's column with"
                 " data.columns={response: ...}, or make the text with data.row_format"
             )
+
+
+def answer_row(row: PairRow | RankedRow, answer: tuple[Message, ...] | str) -> TrainingRow:
+    """One answer of a comparison as supervised training has it: raw text, or a dialogue of prompt and answer."""
+    if row.prompt is None:
+        assert isinstance(answer, str)
+        return TextRow(answer, row.source, row.columns)
+    messages = (Message("assistant", answer),) if isinstance(answer, str) else answer
+    return _training_dialogue(row.prompt + messages, len(row.prompt), row)
 
 
 def _training_dialogue(messages: tuple[Message, ...], num_context: int, row: ParsedRow) -> DialogueRow:
@@ -163,7 +173,7 @@ def _paired(fields: Fields) -> ParsedRow:
     if "prompt" not in fields and fields.is_text("chosen") and fields.is_text("rejected"):
         return PairRow(None, fields.text("chosen"), fields.text("rejected"), margin, fields.source, others)
     chosen, rejected = fields.answer("chosen"), fields.answer("rejected")
-    if chosen[:1] and chosen[0].role != "assistant":  # whole dialogues, which repeat the prompt
+    if (chosen[0].role, rejected[0].role) != ("assistant", "assistant"):  # whole dialogues, which repeat the prompt
         return _pair_of_dialogues(fields, fields.system() + chosen, fields.system() + rejected, margin, others)
     return PairRow(fields.prompt(), chosen, rejected, margin, fields.source, others)
 

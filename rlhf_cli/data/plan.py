@@ -9,12 +9,14 @@ import heapq
 import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 
 Bin = list[int]
 MicroBatch = list[Bin]
+Run = tuple[int, int]  # items start to end - 1 of a sorted list
 
 
 class Position(NamedTuple):
@@ -101,19 +103,30 @@ def plan_step(
         bins = _pack(lengths, pack_length, world_size)
         bins.sort(key=lambda b: -int(lengths[b].sum()))
     per_rank = max(1, math.ceil(len(bins) / (micro_batch_size * world_size)))
-    sizes = [int(lengths[b].sum()) for b in bins]
-    edges = _cut(sizes, per_rank * world_size)
-    micro_batches = [bins[start:end] for start, end in edges]
-    costs = [(end - start) * sizes[start] if end > start else 0 for start, end in edges]
-    ranks: list[list[MicroBatch]] = [[] for _ in range(world_size)]
-    loads = [0] * world_size
-    for start in range(0, len(micro_batches), world_size):
-        # Neighbours in size run at the same time (ranks wait for each other); the largest goes to the least loaded.
-        group = sorted(range(start, start + world_size), key=lambda m: -costs[m])
-        for m, rank in zip(group, sorted(range(world_size), key=lambda r: (loads[r], r)), strict=True):
-            ranks[rank].append([[int(rows[i]) for i in b] for b in micro_batches[m]])
-            loads[rank] += costs[m]
-    return StepPlan(ranks)
+    runs = _deal([int(lengths[b].sum()) for b in bins], [1] * len(bins), per_rank, world_size)
+    return StepPlan([[[[int(rows[i]) for i in b] for b in bins[start:end]] for start, end in rank] for rank in runs])
+
+
+def plan_groups(
+    groups: np.ndarray,
+    counts: np.ndarray,
+    longest: np.ndarray,
+    world_size: int,
+    micro_batch_size: int,
+    sequences_per_row: int,
+) -> list[list[list[int]]]:
+    """As plan_step, for rows that are groups of sequences which stay together: [rank][micro-batch] = group numbers.
+
+    A micro-batch holds micro_batch_size * sequences_per_row sequences on average, so that a ranking of nine answers
+    counts for what it costs; there are never more micro-batches than it takes to give each group its own.
+
+    groups (B,): group numbers; counts (B,): their sequences; longest (B,): tokens of their longest sequence.
+    """
+    order = np.argsort(-longest, kind="stable")
+    fits = math.ceil(int(counts.sum()) / (sequences_per_row * micro_batch_size * world_size))
+    per_rank = max(1, min(fits, math.ceil(len(groups) / world_size)))
+    runs = _deal(longest[order].tolist(), counts[order].tolist(), per_rank, world_size)
+    return [[groups[order[start:end]].tolist() for start, end in rank] for rank in runs]
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[Bin]:
@@ -157,28 +170,47 @@ def _spread(lengths: np.ndarray, capacity: int, num_bins: int) -> list[Bin] | No
     return bins
 
 
-def _cut(sizes: list[int], parts: int) -> list[tuple[int, int]]:
-    """`sizes`, descending, in `parts` runs (start, end) whose padded cost, number x largest, has the lowest maximum."""
-    count = len(sizes)
-    if count <= parts:
-        return [(min(i, count), min(i + 1, count)) for i in range(parts)]
-    low, high = sizes[0], count * sizes[0]
+def _deal(sizes: list[int], counts: list[int], per_rank: int, world_size: int) -> list[list[Run]]:
+    """Items of descending size, each of `counts` sequences, as `per_rank` runs for each rank, of equal work."""
+    runs = _cut(sizes, counts, per_rank * world_size)
+    costs = [sum(counts[start:end]) * sizes[start] if end > start else 0 for start, end in runs]
+    ranks: list[list[Run]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for first in range(0, len(runs), world_size):
+        # Neighbours in size run at the same time (ranks wait for each other); the largest goes to the least loaded.
+        group = sorted(range(first, first + world_size), key=lambda m: -costs[m])
+        for m, rank in zip(group, sorted(range(world_size), key=lambda r: (loads[r], r)), strict=True):
+            ranks[rank].append(runs[m])
+            loads[rank] += costs[m]
+    return ranks
+
+
+def _cut(sizes: list[int], counts: list[int], parts: int) -> list[Run]:
+    """`parts` runs of items of descending size whose padded cost, sequences x largest, has the lowest maximum."""
+    num_items = len(sizes)
+    if num_items <= parts:
+        return [(min(i, num_items), min(i + 1, num_items)) for i in range(parts)]
+    before = [0, *accumulate(counts)]  # sequences in front of each item
+    low = max(size * count for size, count in zip(sizes, counts, strict=True))
+    high = before[-1] * sizes[0]
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_runs(sizes, middle)) <= parts else (middle + 1, high)
-    runs = _runs(sizes, low)
+        low, high = (low, middle) if len(_runs(sizes, before, middle)) <= parts else (middle + 1, high)
+    runs = _runs(sizes, before, low)
     while len(runs) < parts:
-        start, end = max((r for r in runs if r[1] - r[0] > 1), key=lambda r: (r[1] - r[0]) * sizes[r[0]])
+        start, end = max(
+            (r for r in runs if r[1] - r[0] > 1), key=lambda r: (before[r[1]] - before[r[0]]) * sizes[r[0]]
+        )
         runs.remove((start, end))
         runs += [(start, (start + end) // 2), ((start + end) // 2, end)]
     return sorted(runs)
 
 
-def _runs(sizes: list[int], most: int) -> list[tuple[int, int]]:
+def _runs(sizes: list[int], before: list[int], most: int) -> list[Run]:
     """Greedy runs of descending sizes, each with a padded cost of at most `most`."""
     runs, start = [], 0
     for i in range(1, len(sizes) + 1):
-        if i == len(sizes) or (i + 1 - start) * sizes[start] > most:
+        if i == len(sizes) or (before[i + 1] - before[start]) * sizes[start] > most:
             runs.append((start, i))
             start = i
     return runs

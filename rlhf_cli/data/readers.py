@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple
 from rlhf_cli.data.columns import map_columns
 from rlhf_cli.data.rows import DOCUMENT, Row, RowError
 from rlhf_cli.errors import DataError
-from rlhf_cli.schema import DataConfig
+from rlhf_cli.schema import SourceConfig
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 UTF8_BOM = b"\xef\xbb\xbf"
@@ -35,7 +35,7 @@ class Source(NamedTuple):
     hub: Any = None
 
 
-def open_source(data: DataConfig, path: str) -> Source:
+def open_source(data: SourceConfig, path: str) -> Source:
     """Find what `path` means. Raises DataError when there is nothing, or nothing readable."""
     local = Path(path).expanduser()
     if local.is_file():
@@ -62,7 +62,7 @@ def open_source(data: DataConfig, path: str) -> Source:
     raise DataError(f"data.path: {path} does not exist{_neighbours(local)}")
 
 
-def read_rows(data: DataConfig, source: Source | str) -> Rows:
+def read_rows(data: SourceConfig, source: Source | str) -> Rows:
     """Every row of one source in file order, with data.columns applied. A row that cannot be read comes as RowError."""
     if isinstance(source, str):
         source = open_source(data, source)

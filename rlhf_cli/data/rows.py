@@ -105,6 +105,11 @@ TrainingRow = TextRow | DialogueRow
 ParsedRow = TextRow | DialogueRow | PairRow | RankedRow | LabelledRow | PromptRow
 
 
+def num_chars(row: TrainingRow) -> int:
+    """Characters of a row's text or messages."""
+    return len(row.text) if isinstance(row, TextRow) else sum(len(message.content) for message in row.messages)
+
+
 def row_digest(row: TrainingRow) -> int:
     """64 bits of the row's canonical text: equal for equal text or dialogue, whatever file or format it came from."""
     if isinstance(row, TextRow):

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf_cli.data.columns import parse_row_format
 from rlhf_cli.data.filters import drop_reason
 from rlhf_cli.data.formats import detect_format, parse_row, to_training
 from rlhf_cli.data.readers import Source, open_source, read_rows, source_digest
-from rlhf_cli.data.rows import ParsedRow, Row, RowError, TextRow, TrainingRow, row_digest
+from rlhf_cli.data.rows import ParsedRow, RowError, TextRow, TrainingRow, row_digest
 from rlhf_cli.data.templates import Template, render
 from rlhf_cli.errors import DataError
-from rlhf_cli.schema import DataConfig
+from rlhf_cli.schema import DataConfig, SourceConfig, TrainingSourceConfig
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -49,7 +51,7 @@ class Tally:
         return info | {"dropped": dict(self.dropped), "overlong": dict(self.overlong)}
 
 
-def open_sources(data: DataConfig, path: str | list[str] | None) -> list[Source]:
+def open_sources(data: SourceConfig, path: str | list[str] | None) -> list[Source]:
     """All entries of data.path or data.eval_path."""
     assert path, "data.path is required by the schema"
     return [open_source(data, entry) for entry in ([path] if isinstance(path, str) else path)]
@@ -60,9 +62,14 @@ def make_tallies(sources: list[Source]) -> list[Tally]:
     return [Tally(source.path, source_digest(source)) for source in sources]
 
 
-def parsed_rows(data: DataConfig, sources: list[Source], tallies: list[Tally]) -> Iterator[tuple[int, ParsedRow]]:
-    """(number of the source, typed row) in file order: the first data.limit rows of all sources together."""
-    row_format = parse_row_format(data.row_format) if data.row_format else None
+def parsed_rows(
+    data: SourceConfig, sources: list[Source], tallies: list[Tally], row_format: str | None = None
+) -> Iterator[tuple[int, ParsedRow]]:
+    """(number of the source, typed row) in file order: the first data.limit rows of all sources together.
+
+    row_format: makes text rows of the columns (data.row_format).
+    """
+    written = parse_row_format(row_format) if row_format else None
     numbered = ((n, row) for n, source in enumerate(sources) for row in read_rows(data, source))
     formats: dict[tuple[int, str | None], str] = {}
     for number, row in islice(numbered, data.limit):
@@ -73,10 +80,10 @@ def parsed_rows(data: DataConfig, sources: list[Source], tallies: list[Tally]) -
             continue
         key = (number, row.kind)
         if key not in formats:
-            formats[key] = _format_of(data, row)
+            formats[key] = "text_only" if row_format else data.format if data.format != "auto" else detect_format(row)
             tally.formats.append(formats[key])
         try:
-            yield number, parse_row(row, formats[key], row_format)
+            yield number, parse_row(row, formats[key], written)
         except RowError as error:
             tally.bad_row(error, data.on_bad_row)
 
@@ -84,7 +91,7 @@ def parsed_rows(data: DataConfig, sources: list[Source], tallies: list[Tally]) -
 def training_rows(data: DataConfig, sources: list[Source], tallies: list[Tally]) -> Iterator[tuple[int, TrainingRow]]:
     """(number of the source, row) for supervised training, without repeats and filtered rows."""
     seen: set[int] = set()
-    for number, parsed in parsed_rows(data, sources, tallies):
+    for number, parsed in parsed_rows(data, sources, tallies, data.row_format):
         row = to_training(parsed)
         reason = drop_reason(row, data.filters)
         if reason is None and data.deduplicate:
@@ -125,6 +132,53 @@ def eval_count(rows: int, percentage: float) -> int:
     return math.ceil(Fraction(str(percentage)) * rows / 100)  # exact: 0.1 has no float
 
 
+def in_chunks(
+    items: Iterator[Item], num_chars: Callable[[Item], int], max_items: int, max_chars: int
+) -> Iterator[list[Item]]:
+    """A bounded number of items and characters at a time (one item at least)."""
+    chunk: list[Item] = []
+    chars = 0
+    for item in items:
+        chunk.append(item)
+        chars += num_chars(item)
+        if len(chunk) >= max_items or chars >= max_chars:
+            yield chunk
+            chunk, chars = [], 0
+    if chunk:
+        yield chunk
+
+
+def named_infos(data: TrainingSourceConfig, infos: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The counts of all entries of data.path and data.eval_path under today's names: the cache knows contents only."""
+    paths = [
+        path for given in (data.path, data.eval_path) for path in ([given] if isinstance(given, str) else given or [])
+    ]
+    return [info | {"path": path} for info, path in zip(infos, paths, strict=True)]
+
+
+def report_counts(infos: list[dict[str, Any]], report: Callable[[str], None]) -> None:
+    """One line for each entry of data.path and data.eval_path."""
+    for info in infos:
+        line = f"data: {info['path']}: {info['kept']} of {info['rows']} rows, {info['sequences']} sequences,"
+        line += f" {info['tokens']} tokens"
+        if "trained_tokens" in info:
+            line += f", {info['trained_tokens']} trained"
+        counts = chain(info["dropped"].items(), info["overlong"].items())
+        report(line + "".join(f"; {reason}: {n}" for reason, n in counts))
+
+
+def nothing_left(purpose: str, infos: list[dict[str, Any]], data: TrainingSourceConfig, settings: str) -> DataError:
+    """No row was left to train or to evaluate on. settings: the options beside the common ones that may be why."""
+    rows = sum(info["rows"] for info in infos)
+    dropped: Counter[str] = sum((Counter(info["dropped"]) for info in infos), Counter())
+    reasons = ", ".join(f"{reason}: {n}" for reason, n in dropped.most_common()) or "none was dropped"
+    return DataError(
+        f"data.path: nothing is left to {purpose} on; of {rows} rows {reasons}."
+        f" Check data.max_length={data.max_length}, {settings}, data.weights and"
+        f" data.validation_split_percentage={data.validation_split_percentage:g}"
+    )
+
+
 def train_texts(data: DataConfig, template: Template) -> Iterator[str]:
     """The texts of the training side as the model will see them, to train a tokenizer on: dialogues in their template,
     whose own words a tokenizer of words or characters has to know."""
@@ -137,9 +191,3 @@ def train_texts(data: DataConfig, template: Template) -> Iterator[str]:
         rows, num_rows = read(), total - eval_count(total, data.validation_split_percentage)
     for _, row in islice(rows, num_rows):
         yield row.text if isinstance(row, TextRow) else render(template, {}, row.messages, False)
-
-
-def _format_of(data: DataConfig, first: Row) -> str:
-    if data.row_format is not None:
-        return "text_only"
-    return data.format if data.format != "auto" else detect_format(first)

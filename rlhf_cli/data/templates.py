@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jinja2
@@ -102,14 +103,25 @@ def render(
 
     special_tokens: tokenizer.special_tokens_map, which templates may mention.
     """
+    return _render(template, tuple(special_tokens.items()), tuple(messages), add_generation_prompt)
+
+
+# The answers to one prompt repeat it, and the end of a dialogue's last reply is mostly that of the dialogue.
+@lru_cache(maxsize=64)
+def _render(
+    template: Template,
+    special_tokens: tuple[tuple[str, str], ...],
+    messages: tuple[Message, ...],
+    add_generation_prompt: bool,
+) -> str:
     chat = [{"role": message.role, "content": message.content} for message in messages]
     try:
         texts, _ = render_jinja_template(
-            [chat], chat_template=template.jinja, add_generation_prompt=add_generation_prompt, **special_tokens
+            [chat], chat_template=template.jinja, add_generation_prompt=add_generation_prompt, **dict(special_tokens)
         )
     except jinja2.TemplateError as error:
         raise TemplateRefusal(f"the chat template ({template.name}) refuses the dialogue: {error}") from error
-    return texts[0]
+    return str(texts[0])
 
 
 def prompt_text(template: Template, tokenizer: Any, messages: Sequence[Message]) -> str:

@@ -170,7 +170,10 @@ def _encode_batch(encoder: Encoder, texts: list[str], first: list[bool]) -> Iter
     )
     lead: list[int] = encode("\n") if encoder.adds_prefix else []
     shown = [text if is_first or not lead else "\n" + text for text, is_first in zip(texts, first, strict=True)]
-    for text, is_first, ids in zip(texts, first, encode(shown), strict=True):
+    different = list(dict.fromkeys(shown))  # the answers to one prompt repeat it
+    found = dict(zip(different, encode(different), strict=True))
+    for text, is_first, key in zip(texts, first, shown, strict=True):
+        ids = found[key]
         if lead and not is_first:
             # else: the line break grew together with the text
             ids = ids[len(lead) :] if ids[: len(lead)] == lead else encode(text)

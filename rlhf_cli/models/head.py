@@ -175,10 +175,10 @@ def _find_transform(base: Any, head: Any) -> LogitTransform | None:
         seen.append(h.detach().float().cpu())
         return raw.clone()
 
-    def fake_backbone(*_: Any, **__: Any) -> _BackboneOutput:
-        return _BackboneOutput(last_hidden_state=hidden.clone())
+    def fake_backbone(*_: Any, **__: Any) -> BackboneOutput:
+        return BackboneOutput(last_hidden_state=hidden.clone())
 
-    with torch.no_grad(), _replaced(base.get_decoder(), fake_backbone), _replaced(head, fake_head):
+    with torch.no_grad(), replaced(base.get_decoder(), fake_backbone), replaced(head, fake_head):
         try:
             out = type(base).forward(base, input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
             logits = out.logits.float().cpu()
@@ -199,14 +199,14 @@ def _find_transform(base: Any, head: Any) -> LogitTransform | None:
     return None
 
 
-class _BackboneOutput(BaseModelOutputWithPast):
+class BackboneOutput(BaseModelOutputWithPast):
     """Has every field that some backbone adds (router_logits, cross_attentions ...), as None."""
 
     def __getattr__(self, name: str) -> None:
         return None
 
 
-class _replaced:
+class replaced:
     """Context in which a module's forward is another function."""
 
     def __init__(self, module: nn.Module, forward: Callable[..., Any]):

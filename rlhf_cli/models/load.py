@@ -1,14 +1,21 @@
-"""Pretrained causal language models: configuration, weights, precision, resized embeddings."""
+"""Pretrained models: configuration, weights, precision, resized embeddings."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rlhf_cli.errors import ModelError
@@ -16,8 +23,9 @@ from rlhf_cli.models.source import check_source, explain_load_error
 from rlhf_cli.schema import ModelConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+CLASSIFIER = "ForSequenceClassification"
 OTHER_TASKS = (
-    "ForSequenceClassification",
+    CLASSIFIER,
     "ForTokenClassification",
     "ForQuestionAnswering",
     "ForMaskedLM",
@@ -38,6 +46,13 @@ def resolve_dtype(name: Literal["auto", "bf16", "fp32", "fp16"], device: torch.d
 
 def load_config(path: Path | str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
     """The config of a causal LM, without weights. Raises ModelError when it is none."""
+    config = read_config(path, revision, trust_remote_code)
+    check_causal_lm(config, path)
+    return config
+
+
+def read_config(path: Path | str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of any model, without weights. Raises ModelError when there is none."""
     check_source(path, "model.path")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
@@ -45,8 +60,17 @@ def load_config(path: Path | str, revision: str | None = None, trust_remote_code
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise explain_load_error(error, path, "config") from error
-    _check_causal_lm(config, path)
     return config
+
+
+def is_classifier(config: PretrainedConfig) -> bool:
+    """Whether the config is that of a reward model or classifier."""
+    return any(name.endswith(CLASSIFIER) for name in config.architectures or [])
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """transformers' Auto class of a config: sequence classifier or causal LM."""
+    return AutoModelForSequenceClassification if is_classifier(config) else AutoModelForCausalLM
 
 
 def load_policy(
@@ -63,13 +87,32 @@ def load_policy(
     Raises ModelError: no such path, no causal LM, weights that are pickled, incomplete, or of other shapes.
     """
     config = load_config(path, model.revision, model.trust_remote_code)
+    policy, report = load_weights(config, model, path, dtype, device)
+    check_complete(report["missing_keys"], path)
+    if num_tokens is not None:
+        grow_embeddings(policy, num_tokens)
+    policy.config.use_cache = False
+    return policy
+
+
+def load_weights(
+    config: PretrainedConfig,
+    model: ModelConfig,
+    path: Path | str,
+    dtype: torch.dtype,
+    device: torch.device | None,
+    full_precision: list[str] | None = None,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model that `config` describes with the weights of `path`, and transformers' report on missing and unexpected
+    names. full_precision: modules that nf4 leaves alone (None: the output head)."""
+    auto = auto_class(config)
     if Path(path).expanduser().is_dir():
         _check_safetensors(Path(path).expanduser())
-    options = _quantization(dtype, device) if model.quantization == "nf4" else {}
+    options = _quantization(dtype, device, full_precision) if model.quantization == "nf4" else {}
     if model.attn_implementation != "auto":
         options["attn_implementation"] = model.attn_implementation
     try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(
+        loaded, report = auto.from_pretrained(
             str(path),
             config=config,
             revision=model.revision,
@@ -81,17 +124,17 @@ def load_policy(
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise explain_load_error(error, path, "model") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    return loaded, report
+
+
+def check_complete(missing: Collection[str], path: Path | str) -> None:
+    """Raise ModelError when tensors were missing from the weights."""
+    if missing:
+        names = sorted(missing)
         raise ModelError(
-            f"{path}: the weights lack {len(missing)} of the model's tensors ({', '.join(missing[:3])} ...);"
+            f"{path}: the weights lack {len(names)} of the model's tensors ({', '.join(names[:3])} ...);"
             " they would be random. Is it an adapter (run rlhf merge-lora), or another kind of model?"
         )
-    if num_tokens is not None:
-        grow_embeddings(loaded, num_tokens)
-    loaded.config.use_cache = False
-    policy: PreTrainedModel = loaded
-    return policy
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
@@ -126,11 +169,12 @@ def grow_embeddings(model: PreTrainedModel, num_tokens: int) -> int:
     return num_tokens - old
 
 
-def _check_causal_lm(config: PretrainedConfig, path: Path | str) -> None:
+def check_causal_lm(config: PretrainedConfig, path: Path | str) -> None:
+    """Raise ModelError unless transformers has a causal LM for the config, and the weights are not another task's."""
     names = config.architectures or []
     other = [n for n in names if n.endswith(OTHER_TASKS)]
     if other:
-        hint = " (a reward model or classifier)" if other[0].endswith("ForSequenceClassification") else ""
+        hint = " (a reward model or classifier)" if other[0].endswith(CLASSIFIER) else ""
         raise ModelError(f"model.path: {path} is a {other[0]}{hint}, not a causal language model (...ForCausalLM)")
     custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not custom and (config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder):
@@ -154,7 +198,7 @@ def _check_safetensors(directory: Path) -> None:
     raise ModelError(f"model.path: {directory} has a config but no weights (*.safetensors)")
 
 
-def _quantization(dtype: torch.dtype, device: torch.device | None) -> dict[str, Any]:
+def _quantization(dtype: torch.dtype, device: torch.device | None, full_precision: list[str] | None) -> dict[str, Any]:
     """from_pretrained's options for QLoRA: nf4 with double quantisation (Dettmers et al., arXiv 2305.14314)."""
     if device is None or device.type != "cuda":
         raise ModelError("model.quantization: nf4 runs on CUDA GPUs only; use model.quantization=none on this machine")
@@ -165,6 +209,10 @@ def _quantization(dtype: torch.dtype, device: torch.device | None) -> dict[str, 
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=full_precision,  # read for 4 bits too, whatever it is called
     )
     return {"quantization_config": config, "device_map": {"": device}}

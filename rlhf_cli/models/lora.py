@@ -42,8 +42,13 @@ def wrapped_copies(module: nn.Module) -> list[nn.Module]:
 def linear_modules(model: PreTrainedModel) -> list[str]:
     """Full names of all linear layers but the output head."""
     head = model.get_output_embeddings()
-    heads = {id(head), id(getattr(model, "score", None))}
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and id(m) not in heads]
+    return [n for n in _candidates(model) if model.get_submodule(n) is not head]
+
+
+def _candidates(model: PreTrainedModel) -> list[str]:
+    # The score head starts at random and is trained in full beside the adapter.
+    score = getattr(model, "score", None)
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not score]
 
 
 def lora_targets(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
@@ -55,8 +60,8 @@ def lora_targets(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
     linear = linear_modules(model)
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         return linear
-    # The head may be named, it is only never meant by all-linear.
-    candidates = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    # The output head may be named, it is only never meant by all-linear.
+    candidates = _candidates(model)
     targets: set[str] = set()
     for name in [wanted] if isinstance(wanted, str) else wanted:
         fits = [c for c in candidates if c == name or c.endswith(f".{name}") or _matches(name, c)]
@@ -86,6 +91,7 @@ def add_lora(
 ) -> PeftModel:
     """Wrap `model` with a trainable adapter; everything else is frozen. The adapter starts as the identity.
 
+    task_type SEQ_CLS: PEFT trains a copy of the head `score` in full, and saves it with the adapter.
     train_embeddings: embeddings and head are trained in full and saved with the adapter, for new tokens that must be
     learnt. A pad token alone needs none of it: no position looks at it, and its row is made again from the others.
     The adapter has the model's dtype, since the engine keeps fp32 masters itself.
@@ -130,9 +136,7 @@ def save_adapter(
     assert not missing, f"trained parameters that were not gathered: {missing[:3]}"
     assert all(t.numel() for t in weights.values()), "sharded parameters reached save_adapter"
     with directory_aside(directory) as aside:
-        save_file(
-            {k: v.contiguous() for k, v in weights.items()}, aside / "adapter_model.safetensors", {"format": "pt"}
-        )
+        save_file(_apart(weights), aside / "adapter_model.safetensors", {"format": "pt"})
         before = config.base_model_name_or_path, config.inference_mode
         config.base_model_name_or_path, config.inference_mode = base_path, True
         config.save_pretrained(str(aside))
@@ -140,6 +144,12 @@ def save_adapter(
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         tokenizer.save_pretrained(aside)
+
+
+def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tied embeddings and head are one tensor, which the file format wants twice: PEFT asks for both names."""
+    pointers = [t.data_ptr() for t in weights.values()]
+    return {k: v.clone() if pointers.count(v.data_ptr()) > 1 else v.contiguous() for k, v in weights.items()}
 
 
 def _embedding_names(model: PreTrainedModel) -> list[str]:

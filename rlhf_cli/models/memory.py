@@ -12,7 +12,8 @@ P parameters, T of them trained, N ranks, w bytes of a weight (2 in bf16 and fp1
                 3·heads·length. Counted on what autograd saves; right to about 20 %. With gradient checkpointing h per
                 block, and all of that for one block.
     head        logits of one chunk three times in fp32, hidden states of the trained positions twice, and the fp32
-                gradient of the head's weight if it is trained
+                gradient of the head's weight if it is trained; of a reward model (whose micro-batch is one of
+                sequences) the hidden states and their gradient alone, the rest is a few rows
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from rlhf_cli.models.load import auto_class, is_classifier
 from rlhf_cli.models.lora import linear_modules, lora_targets
 from rlhf_cli.models.trainable import apply_trainable, count_parameters, find_blocks
 from rlhf_cli.ops.logprobs import chunk_rows
@@ -56,9 +58,9 @@ class MemoryEstimate:
 
 
 def meta_model(config: PretrainedConfig, attn_implementation: str | None = None) -> PreTrainedModel:
-    """The causal LM of a config with shapes and names, without storage."""
+    """The causal LM or sequence classifier of a config with shapes and names, without storage."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+        model: PreTrainedModel = auto_class(config).from_config(config, attn_implementation=attn_implementation)
     return model
 
 
@@ -111,6 +113,8 @@ def _count(shell: PreTrainedModel, model: ModelConfig, lora: LoraConfig) -> tupl
     modules = dict(shell.named_modules())
     # A (r, in) and B (out, r)
     adapter = sum(lora.r * sum(modules[name].weight.shape) for name in lora_targets(shell, lora))
+    if is_classifier(shell.config):
+        adapter += shell.score.weight.numel()  # the trained copy of the head
     return count_parameters(shell).total + adapter, adapter
 
 
@@ -135,8 +139,10 @@ def _activations(shell: PreTrainedModel, checkpointing: bool, micro_batch_size: 
 
 
 def _head(shell: PreTrainedModel, w: int, positions: int, on_cpu: bool, full: bool) -> int:
-    """Bytes of the fused loss; full: the model's own weights train, as far as their requires_grad says."""
+    """Bytes of the fused loss or of scores; full: the model's own weights train, as far as their requires_grad says."""
     config = shell.config.get_text_config()
+    if is_classifier(shell.config):
+        return 2 * w * positions * config.hidden_size
     rows = min(positions, chunk_rows(config.vocab_size, on_cpu))
     head = shell.get_output_embeddings()
     trained = full and head is not None and head.weight.requires_grad

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from rlhf_cli.files import directory_aside
+from rlhf_cli.models.load import auto_class, is_classifier
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -29,19 +31,24 @@ def save_model(
     generation_config: GenerationConfig | None = None,
     stop: str | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
+    reward: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write weights (sharded safetensors), config, tokenizer, chat template and generation config.
+    """Write weights (sharded safetensors), config, tokenizer, chat template and, of a causal LM, generation config.
 
     state_dict: every parameter and buffer of the model by name, whole, on CPU; tied names may be there twice or once.
-    stop: the template's stop string; if it is one token, generation stops there as at eos. The directory appears
-    complete or not at all.
+    stop: the template's stop string; if it is one token, generation stops there as at eos. reward: what is known of a
+    reward model's scores (mean, std, labels ...), becomes config.reward. The directory appears complete or not at all.
     """
     config = copy.deepcopy(config)
     config.use_cache = True
+    if reward is not None:
+        assert is_classifier(config), "only a sequence classifier has scores"
+        config.reward = dict(reward)
     if config.get_text_config().vocab_size < len(tokenizer):
         raise AssertionError(f"{len(tokenizer)} tokens for {config.get_text_config().vocab_size} rows")
     shell = _shell(config, state_dict)
-    shell.generation_config = make_generation_config(tokenizer, generation_config, stop)
+    if not is_classifier(config):
+        shell.generation_config = make_generation_config(tokenizer, generation_config, stop)
     for part in (shell.config, shell.config.get_text_config()):
         part.pad_token_id, part.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     if chat_template is not None:
@@ -73,7 +80,7 @@ def _shell(config: PretrainedConfig, state_dict: dict[str, Tensor]) -> PreTraine
     """The model without storage: it knows which names are tied and how a config says its class."""
     dtype = next(t.dtype for t in state_dict.values() if t.is_floating_point())
     with torch.device("meta"):
-        shell: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        shell: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype)
     expected = shell.state_dict()
     tied = set(shell.all_tied_weights_keys)
     missing = [n for n in expected if n not in state_dict and n not in tied]

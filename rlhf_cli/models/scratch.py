@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -16,6 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from rlhf_cli.models.load import auto_class
 from rlhf_cli.schema import ArchConfig
 
 
@@ -39,11 +39,12 @@ def make_config(arch: ArchConfig, tokenizer: PreTrainedTokenizerBase, max_length
 def new_model(
     config: PretrainedConfig, dtype: torch.dtype, seed: int, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """A causal LM with random weights that depend on config, dtype and seed only. Leaves the RNG as it was."""
+    """A causal LM, or the sequence classifier that the config names, with random weights that depend on config, dtype
+    and seed only. Leaves the RNG as it was."""
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: that seeds the GPUs too, and every rank would go on with the same dropout.
         torch.default_generator.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = auto_class(config).from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
         )
     return model

@@ -24,6 +24,7 @@ class ParameterCount(NamedTuple):
 def apply_trainable(model: PreTrainedModel, trainable: TrainableConfig, seed: int = 0) -> None:
     """Set requires_grad of every parameter as model.trainable says. Mode lisa: the draw number 0.
 
+    The score head of a reward model is trained in every mode: it starts at random.
     Raises ModelError: more last layers than there are, a pattern that no name matches.
     """
     if trainable.mode == "all":
@@ -34,6 +35,9 @@ def apply_trainable(model: PreTrainedModel, trainable: TrainableConfig, seed: in
         _train_matching(model, trainable.patterns)
     else:
         lisa_apply(model, lisa_draw(len(find_blocks(model)), trainable.lisa_layers, seed, 0))
+    score = getattr(model, "score", None)
+    if isinstance(score, nn.Module):
+        score.requires_grad_(True)
 
 
 def lisa_draw(num_layers: int, lisa_layers: int, seed: int, draw_index: int) -> list[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli import __version__
-from rlhf_cli.errors import ModelError
+from rlhf_cli.errors import CheckpointError, ModelError
 from rlhf_cli.files import digest_tree, write_json
 from rlhf_cli.rundir import read_manifest, utc_now
 
@@ -19,21 +19,28 @@ PACKAGES = ("torch", "transformers", "datasets", "peft", "deepspeed", "hydra-cor
 
 
 def begin(run_dir: Path, stage: str, config: dict[str, Any], world_size: int) -> dict[str, Any]:
-    """Start (or continue) a manifest with status `running`; the first start's time is kept."""
+    """Start (or continue) a manifest with status `running`; the first start's time is kept.
+
+    Raises CheckpointError when a model that the run builds on is no longer the one it was started from.
+    """
     old = read_manifest(run_dir)
+    found = parents(config)
+    _check_unchanged(run_dir, old.get("parents") or [], found)
+    path = config.get("model", {}).get("path")
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "stage": stage,
         "status": "running",
         "output": None,
-        "base_model": config["model"]["path"],
+        "base_model": path,
+        "base_digest": _base_digest(config, found),
         "template": None,
-        "parents": parents(config),
+        "parents": found,
         "reward": None,
         "data": old.get("data", []),
         "metrics": {},
         "world_size": world_size,
-        "seed": config["train"]["seed"],
+        "seed": config.get("train", {}).get("seed"),
         "versions": {"rlhf-cli": __version__, **{p: importlib.metadata.version(p) for p in PACKAGES}},
         "git_commit": git_commit(),
         "started": old.get("started") or utc_now(),
@@ -45,30 +52,63 @@ def begin(run_dir: Path, stage: str, config: dict[str, Any], world_size: int) ->
 
 
 def parents(config: dict[str, Any]) -> list[dict[str, str]]:
-    """The runs that a config builds on, each with the digest of its model."""
-    path = config["model"]["path"]
-    if not path or not (Path(path).expanduser() / "manifest.json").is_file():
-        return []
+    """The runs that a config builds on, each with its role and the digest of its model."""
+    named = [("model", config.get("model", {}).get("path"))]
+    named += [("reward", source["path"]) for source in config.get("reward", {}).get("sources", [])]
+    found = (parent(role, path) for role, path in named if path)
+    return [entry for entry in found if entry is not None]
+
+
+def parent(role: str, path: str) -> dict[str, str] | None:
+    """The manifest's entry for a run directory this run builds on; None when `path` is none. role: what it is used as;
+    "model" stands for what the run holds (policy, reward)."""
     run_dir = Path(path).expanduser()
-    return [{"role": "policy", "run_dir": str(run_dir.resolve()), "digest": digest_tree(run_dir / "model")}]
+    output = (read_manifest(run_dir).get("output") or {}) if run_dir.is_dir() else {}
+    if not output:
+        return None
+    role = output["kind"] if role == "model" else role
+    return {"role": role, "run_dir": str(run_dir.resolve()), "digest": digest_tree(run_dir / output["path"])}
 
 
-def model_dir(path: str) -> tuple[str, dict[str, Any]]:
+def model_dir(path: str, kinds: tuple[str, ...] = ("policy",)) -> tuple[str, dict[str, Any]]:
     """Where the weights behind `model.path` are, and the manifest when it is a run directory.
 
-    path: run directory, model directory or hub id. Raises ModelError when the run has no finished policy.
+    path: run directory, model directory or hub id. kinds: what the run may hold.
+    Raises ModelError when the run holds nothing finished of that kind.
     """
     run_dir = Path(path).expanduser()
     manifest = read_manifest(run_dir) if run_dir.is_dir() else {}
     if not manifest:
         return str(run_dir) if run_dir.is_dir() else path, {}
     output = manifest.get("output") or {}
-    if manifest["status"] != "complete" or output.get("kind") != "policy":
+    if manifest["status"] != "complete" or output.get("kind") not in kinds:
         raise ModelError(
-            f"{path} holds no finished policy (status {manifest['status']}, kind {output.get('kind')});"
-            " give it a finished run of `rlhf sft`"
+            f"{path} holds no finished {' or '.join(kinds)} (stage {manifest['stage']}, status {manifest['status']},"
+            f" kind {output.get('kind')})"
         )
     return str(run_dir / output["path"]), manifest
+
+
+def _base_digest(config: dict[str, Any], found: list[dict[str, str]]) -> str | None:
+    """Of the model under an adapter, so that merge-lora finds out whether it is still the same; None otherwise."""
+    path = config.get("model", {}).get("path")
+    if not path or not config.get("lora", {}).get("enabled"):
+        return None
+    if found:
+        return found[0]["digest"]
+    return digest_tree(Path(path).expanduser()) if Path(path).expanduser().is_dir() else None
+
+
+def _check_unchanged(run_dir: Path, before: list[dict[str, str]], now: list[dict[str, str]]) -> None:
+    if not any((run_dir / "checkpoints").glob("step_*")):
+        return
+    digests = {entry["run_dir"]: entry["digest"] for entry in before}
+    changed = [e["run_dir"] for e in now if digests.get(e["run_dir"], e["digest"]) != e["digest"]]
+    if changed:
+        raise CheckpointError(
+            f"the model in {changed[0]} has changed since {run_dir} was started from it; put it back, or start in"
+            " another run_dir"
+        )
 
 
 def git_commit() -> str | None:

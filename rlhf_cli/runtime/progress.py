@@ -23,8 +23,9 @@ class Display:
         self._bar: Progress | None = None
         self._last_line = 0.0
 
-    def start(self, done: int, total: int) -> None:
-        """Begin at step `done` of `total`."""
+    def start(self, done: int, total: int, unit: str = "step") -> None:
+        """Begin at step `done` of `total`; unit: what a step is."""
+        self._unit = unit
         self._started, self._start_step, self._total = time.monotonic(), done, total
         if self.mode == "bar":
             self._bar = Progress(
@@ -44,7 +45,7 @@ class Display:
             now = time.monotonic()
             if now - self._last_line >= LINE_SECONDS or done in (self._start_step + 1, self._total):
                 self._last_line = now
-                self.say(f"{self.title} step {done}/{self._total}  {text}  left {self._left(done)}")
+                self.say(f"{self.title} {self._unit} {done}/{self._total}  {text}  left {self._left(done)}")
 
     def _left(self, done: int) -> str:
         ran = done - self._start_step

@@ -74,6 +74,13 @@ def known_keys(cls: type, prefix: str = "") -> dict[str, dataclasses.Field[Any]]
     return keys
 
 
+def item_class(hint: Any) -> type | None:
+    """The section that each entry of a list is, or None for other types."""
+    args = typing.get_args(hint)
+    is_list = typing.get_origin(hint) is list and dataclasses.is_dataclass(args[0])
+    return typing.cast(type, args[0]) if is_list else None
+
+
 def suggest(key: str, cls: type) -> str:
     """ " Did you mean optim.lr?" for a misspelt key, or an empty string."""
     known = list(known_keys(cls))
@@ -95,6 +102,8 @@ def describe_type(hint: Any, limits: Mapping[str, float] | None = None) -> str:
         return " or ".join(describe_type(a, limits) for a in typing.get_args(hint))
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     within = f" {describe_limits(dict(limits))}" if limits else ""
+    if item_class(hint) is not None:
+        return f"a list of mappings with {', '.join(f.name for f in dataclasses.fields(args[0]))}"
     if origin is list:
         names = {int: "integers", float: "numbers", str: "texts"}
         return f"a list of {names[args[0]]}{within}"
@@ -128,6 +137,10 @@ def _build(cls: type, values: Any, prefix: str, problems: list[Problem], root: t
             if built is not None:
                 kwargs[name] = built
             continue
+        item = item_class(hint)
+        if item is not None:
+            kwargs[name] = _build_items(item, values[name], full, problems)
+            continue
         found, value = _convert(values[name], hint)
         if not found:
             problems.append(Problem(full, f"got {values[name]!r}; allowed: {describe_type(hint)}"))
@@ -140,6 +153,15 @@ def _build(cls: type, values: Any, prefix: str, problems: list[Problem], root: t
             continue
         kwargs[name] = value
     return cls(**kwargs)
+
+
+def _build_items(item: type, values: Any, full: str, problems: list[Problem]) -> list[Any]:
+    """Each entry of a list of sections; what does not fit is left out."""
+    if not isinstance(values, list | tuple):
+        problems.append(Problem(full, f"got {values!r}; allowed: {describe_type(list[item])}"))  # type: ignore[valid-type]
+        return []
+    built = [_build(item, value, f"{full}[{i}].", problems, item) for i, value in enumerate(values)]
+    return [entry for entry in built if entry is not None]
 
 
 def _within(number: float, limits: Mapping[str, float]) -> bool:
@@ -208,6 +230,10 @@ def _check(config: Any, prefix: str) -> Iterator[Problem]:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             yield from _check(value, f"{prefix}{field.name}.")
+        if isinstance(value, list):
+            for i, entry in enumerate(value):
+                if dataclasses.is_dataclass(entry):
+                    yield from _check(entry, f"{prefix}{field.name}[{i}].")
     if hasattr(config, "check"):
         for problem in config.check():
             yield Problem(f"{prefix}{problem.key}", problem.message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from rlhf_cli.errors import Problem
 from rlhf_cli.schema.fields import opt, section
 
 DataFormat = Literal["auto", "text_only", "text2text", "conversation", "paired", "ranked", "labelled", "prompts", "hh"]
+TemplateName = Literal["auto", "hh", "chatml", "alpaca", "tokenizer", "none"]
 
 
 @dataclass
@@ -138,51 +140,206 @@ class FilterConfig:
 
 
 @dataclass
-class DataConfig:
-    """What is read and how it becomes tokens."""
+class SourceConfig:
+    """What is read."""
 
     path: str | list[str] | None = opt(None, "file, directory, glob, or hub id; or a list of these")
-    weights: list[float] | None = opt(
-        None, "one per path: how often its rows are seen in an epoch (0.5 = half of them, 2 = twice)", gt=0
-    )
     split: str = opt("train", "split of a hub data set")
     format: DataFormat = opt("auto", "how a row is read; auto = told from the column names")
     columns: dict[str, str] = opt({}, "our name: the file's own column name, e.g. {prompt: question, response: answer}")
-    row_format: str | None = opt(
-        None, "text made of a row's columns, e.g. '{prompt}{label}'; the row is then text_only"
-    )
-    template: Literal["auto", "hh", "chatml", "alpaca", "tokenizer", "none"] = opt(
-        "auto", "how a dialogue becomes text; auto = the template of the model's run, else the tokenizer's, else none"
-    )
-    loss_on: Literal["auto", "completion", "all"] = opt(
-        "auto", "tokens that are trained; auto = the completion where there is a prompt, all in plain text"
-    )
-    max_length: int = opt(512, "longest sequence in tokens", ge=2)
-    packing: bool = opt(False, "several short rows in one sequence, without attention between them")
-    overlong: Literal["auto", "drop", "truncate", "split"] = opt(
-        "auto", "rows over max_length; auto = split plain text into windows, truncate the rest"
-    )
-    validation_split_percentage: float = opt(0.0, "the last percent of the rows are for evaluation only", ge=0, lt=100)
-    eval_path: str | list[str] | None = opt(None, "data for evaluation instead of a split")
     limit: int | None = opt(None, "use the first rows only", ge=1)
     on_bad_row: Literal["error", "skip"] = opt(
         "error", "a row that cannot be read stops the run, or is counted and left out"
     )
-    deduplicate: bool = opt(False, "drop exact repeats of a row")
-    filters: FilterConfig = section(FilterConfig, "filters for code and web text")
-    cache_dir: str | None = opt(None, "where tokenised data is kept; null = $RLHF_CACHE or ~/.cache/rlhf")
 
     def check(self) -> Iterator[Problem]:
         if not self.path:
             yield Problem("path", "is required: a file, directory, glob or hub id, or a list of these")
+
+
+@dataclass
+class TrainingSourceConfig(SourceConfig):
+    """What is read to train on and to evaluate on."""
+
+    template: TemplateName = opt(
+        "auto", "how a dialogue becomes text; auto = the template of the model's run, else the tokenizer's, else none"
+    )
+    weights: list[float] | None = opt(
+        None, "one per path: how often its rows are seen in an epoch (0.5 = half of them, 2 = twice)", gt=0
+    )
+    max_length: int = opt(512, "longest sequence in tokens", ge=2)
+    validation_split_percentage: float = opt(0.0, "the last percent of the rows are for evaluation only", ge=0, lt=100)
+    eval_path: str | list[str] | None = opt(None, "data for evaluation instead of a split")
+    deduplicate: bool = opt(False, "drop exact repeats of a row")
+    cache_dir: str | None = opt(None, "where tokenised data is kept; null = $RLHF_CACHE or ~/.cache/rlhf")
+
+    def check(self) -> Iterator[Problem]:
+        yield from super().check()
         if self.weights is not None:
             paths = [self.path] if isinstance(self.path, str) else self.path or []
             if len(self.weights) != len(paths):
                 yield Problem("weights", f"has {len(self.weights)} entries, data.path has {len(paths)}; give one each")
         if self.eval_path and self.validation_split_percentage:
             yield Problem("eval_path", "contradicts data.validation_split_percentage; drop one of the two")
+
+
+@dataclass
+class DataConfig(TrainingSourceConfig):
+    """What is read and how it becomes tokens."""
+
+    row_format: str | None = opt(
+        None, "text made of a row's columns, e.g. '{prompt}{label}'; the row is then text_only"
+    )
+    loss_on: Literal["auto", "completion", "all"] = opt(
+        "auto", "tokens that are trained; auto = the completion where there is a prompt, all in plain text"
+    )
+    packing: bool = opt(False, "several short rows in one sequence, without attention between them")
+    overlong: Literal["auto", "drop", "truncate", "split"] = opt(
+        "auto", "rows over max_length; auto = split plain text into windows, truncate the rest"
+    )
+    filters: FilterConfig = section(FilterConfig, "filters for code and web text")
+
+    def check(self) -> Iterator[Problem]:
+        yield from super().check()
         if self.row_format and self.format not in ("auto", "text_only"):
             yield Problem("row_format", f"makes text_only rows, but data.format is {self.format}")
+
+
+@dataclass
+class ComparisonDataConfig(TrainingSourceConfig):
+    """Pairs, rankings or labelled texts."""
+
+    format: Literal["auto", "paired", "ranked", "labelled", "hh"] = opt(
+        "auto", "pairs (paired, or hh: Anthropic's layout), rankings, or labelled texts; auto = told from the columns"
+    )
+    overlong: Literal["drop", "truncate"] = opt(
+        "drop", "a row with a sequence over max_length is dropped and counted, or loses its end (and so its EOS)"
+    )
+    split_seed: int = opt(
+        0, "which labelled rows are for evaluation: drawn class by class, since such files are often sorted", ge=0
+    )
+
+
+@dataclass
+class ComparisonConfig:
+    """What a reward model learns from comparisons and labels, and how its scores are described."""
+
+    center_coef: float = opt(
+        0.0, "pairs and rankings: weight of (r_better + r_worse)^2, which keeps scores around 0; 0.01 is usual", ge=0
+    )
+    class_weights: Literal["none", "balanced"] = opt("none", "labels: balanced = every class weighs the same")
+    reference: Literal["chosen", "rejected", "all"] = opt(
+        "chosen", "responses of the evaluation rows whose score mean and std are stored for ppo and raft"
+    )
+    num_worst: int = opt(20, "worst-ranked evaluation rows written to samples/ at each evaluation", ge=0)
+
+
+@dataclass
+class MergeConfig:
+    """Which adapter is merged, into what, and how the result is written."""
+
+    adapter: str | None = opt(None, "run directory of a LoRA run, or a folder in PEFT's layout")
+    base: str | None = opt(
+        None, "run directory, local HF directory or hub id; null = the one named by the manifest or adapter_config.json"
+    )
+    base_revision: str | None = opt(None, "branch, tag or commit of a hub id")
+    output_dtype: Literal["auto", "bf16", "fp32", "fp16"] = opt(
+        "auto", "precision of the written weights; auto = that of the base. The arithmetic is fp32"
+    )
+    max_shard_size: str = opt("5GB", "largest file of weights, e.g. 500MB; about as much memory is needed")
+    verify: Literal["auto", "always", "never"] = opt(
+        "auto", "compare the result with base + adapter on a few inputs; auto = when two models fit into memory"
+    )
+    allow_pickle: bool = opt(False, "read adapter_model.bin, a pickle (tensors only); for sources you trust")
+    trust_remote_code: bool = opt(False, "run Python code that comes with the base; only for sources you trust")
+
+    def check(self) -> Iterator[Problem]:
+        if not self.adapter:
+            yield Problem("adapter", "is required: a run directory of a LoRA run, or a folder in PEFT's layout")
+        if not re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]i?)?B", self.max_shard_size, re.IGNORECASE):
+            yield Problem("max_shard_size", f"got {self.max_shard_size!r}; allowed: a size such as 500MB, 5GB or 2GiB")
+
+
+@dataclass
+class RewardSourceConfig:
+    """One source of rewards."""
+
+    type: Literal["model", "classifier", "function", "rouge", "http"] = opt(
+        "model",
+        "model: a reward model (run directory, local HF directory, hub id); classifier: one label of a classifier;"
+        " function: Python; rouge: overlap with a reference column; http: a scoring server",
+    )
+    path: str | None = opt(None, "model, classifier: where it is; function: the .py file (null = function is dotted)")
+    revision: str | None = opt(None, "model, classifier: branch, tag or commit of a hub id")
+    name: str | None = opt(None, "under which it is logged; null = its type, numbered if there are several")
+    weight: float = opt(1.0, "factor in the sum of all sources")
+    label: str | None = opt(None, "classifier (or model with several labels): the wanted label, by name or number")
+    measure: Literal["log_prob", "probability", "margin"] = opt(
+        "log_prob", "what of the label: its log-probability, its probability, or its logit minus the best other one"
+    )
+    sees: Literal["dialogue", "response"] = opt("dialogue", "prompt and response, or the response alone")
+    template: TemplateName = opt("auto", "model, classifier: how a dialogue becomes text; as data.template")
+    max_length: int = opt(2048, "model, classifier: longest input in tokens; a longer one loses its start", ge=2)
+    dtype: Literal["auto", "bf16", "fp32", "fp16"] = opt("auto", "model, classifier: precision; as model.dtype")
+    trust_remote_code: bool = opt(False, "model, classifier: run Python code that comes with it")
+    function: str | None = opt(None, "function: f(prompts, responses, **columns) -> list of numbers, by (dotted) name")
+    reference: str = opt("reference", "rouge: the column with the reference text")
+    rouge: Literal["rouge1", "rouge2", "rougeL"] = opt("rougeL", "rouge: which F-measure")
+    url: str | None = opt(None, "http: POSTed {prompts, responses, columns}, must answer {rewards: [...]}")
+    timeout: float = opt(30.0, "http: seconds to wait for an answer", gt=0)
+    retries: int = opt(4, "http: further tries after a failure that may pass, each after twice the time", ge=0)
+
+    # option: the types that read it. Setting it on another type would be ignored, so it is refused.
+    BELONGS = {
+        "path": ("model", "classifier", "function"),
+        "revision": ("model", "classifier"),
+        "label": ("model", "classifier"),
+        "measure": ("model", "classifier"),
+        "max_length": ("model", "classifier"),
+        "dtype": ("model", "classifier"),
+        "trust_remote_code": ("model", "classifier"),
+        "sees": ("model", "classifier"),
+        "template": ("model", "classifier"),
+        "function": ("function",),
+        "reference": ("rouge",),
+        "rouge": ("rouge",),
+        "url": ("http",),
+        "timeout": ("http",),
+        "retries": ("http",),
+    }  # fmt: skip
+
+    def check(self) -> Iterator[Problem]:
+        default = RewardSourceConfig()
+        for option, types in self.BELONGS.items():
+            if self.type not in types and getattr(self, option) != getattr(default, option):
+                yield Problem(option, f"is not read by type {self.type}; it belongs to {' and '.join(types)}")
+        if self.type in ("model", "classifier") and not self.path:
+            yield Problem("path", f"is required by type {self.type}: a run directory, local HF directory or hub id")
+        if self.type == "classifier" and self.label is None:
+            yield Problem("label", "is required by type classifier: the wanted label, by name or number")
+        if self.type == "function" and not self.function:
+            yield Problem("function", "is required by type function: a name in the file at path, or a dotted name")
+        if self.type == "http" and not self.url:
+            yield Problem("url", "is required by type http, e.g. http://localhost:8000/score")
+
+
+@dataclass
+class RewardConfig:
+    """What scores a response."""
+
+    sources: list[RewardSourceConfig] = opt([], "what scores; the reward is the weighted sum")
+    normalize: bool = opt(
+        False, "bring each reward model's score to mean 0 and std 1, with the moments in its manifest"
+    )
+    clip: float | None = opt(None, "rewards are kept within -clip and clip, after normalisation", gt=0)
+    batch_size: int = opt(16, "sequences per forward pass of a reward model", ge=1)
+
+    def check(self) -> Iterator[Problem]:
+        if not self.sources:
+            yield Problem("sources", "is required, e.g. reward.sources=[{type: model, path: runs/rm}]")
+        names = [source.name for source in self.sources if source.name]
+        if len(set(names)) < len(names):
+            yield Problem("sources", f"has a name twice: {', '.join(sorted(n for n in names if names.count(n) > 1))}")
 
 
 @dataclass
@@ -222,7 +379,10 @@ class TrainConfig:
     max_steps: int | None = opt(None, "optimizer steps; overrides epochs (the data repeats)", ge=1)
     global_batch_size: int = opt(64, "rows per optimizer step, over all ranks", ge=1)
     micro_batch_size: int = opt(
-        8, "sequences per forward pass of one rank, on average: fewer of the long ones, more of the short", ge=1
+        8,
+        "rows per forward pass of one rank, on average: fewer of the long ones, more of the short;"
+        " rm: a ranking of K answers counts as K / 2 pairs",
+        ge=1,
     )
     eval_every: int = opt(0, "steps between evaluations; 0 = at the end only", ge=0)
     save_every: int = opt(0, "steps between checkpoints; 0 = only when the run is interrupted", ge=0)
@@ -331,10 +491,16 @@ class GenerationConfig:
 
 
 @dataclass
-class LoggingConfig:
+class ProgressConfig:
+    """Where progress is shown."""
+
+    progress: Literal["auto", "bar", "lines", "none"] = opt("auto", "auto = a bar in a terminal, lines elsewhere")
+
+
+@dataclass
+class LoggingConfig(ProgressConfig):
     """Where progress is shown; metrics.jsonl is always written."""
 
     tensorboard: bool = opt(True, "write tensorboard/ in the run directory")
     wandb: bool = opt(False, "log to Weights & Biases (pip install wandb)")
     wandb_project: str = opt("rlhf", "project in Weights & Biases")
-    progress: Literal["auto", "bar", "lines", "none"] = opt("auto", "auto = a bar in a terminal, lines elsewhere")

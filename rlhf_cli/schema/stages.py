@@ -9,27 +9,41 @@ from typing import Literal, NamedTuple
 from rlhf_cli.errors import Problem
 from rlhf_cli.schema.fields import opt, section
 from rlhf_cli.schema.sections import (
+    ComparisonConfig,
+    ComparisonDataConfig,
     DataConfig,
     DeepspeedConfig,
     GenerationConfig,
     LaunchConfig,
     LoggingConfig,
     LoraConfig,
+    MergeConfig,
     ModelConfig,
     OptimConfig,
+    ProgressConfig,
+    RewardConfig,
+    SourceConfig,
     TrainConfig,
+    TrainingSourceConfig,
 )
 
 
 @dataclass
-class SftConfig:
-    """Supervised fine-tuning of a causal language model, or pre-training from scratch."""
+class StageConfig:
+    """What every stage has."""
 
-    stage: Literal["sft"] = opt("sft", "the stage this config is for")
-    run_dir: str | None = opt(None, "where the run writes; null = runs/sft/<recipe>-<UTC time>")
+    stage: str = opt("", "the stage this config is for")
+    run_dir: str | None = opt(None, "where the run writes; null = runs/<stage>/<recipe>-<UTC time>")
     resume: Literal["auto", "never"] = opt(
         "auto", "auto: leave a finished run alone, continue an unfinished one; never: refuse a directory with a run"
     )
+
+
+@dataclass
+class SftConfig(StageConfig):
+    """Supervised fine-tuning of a causal language model, or pre-training from scratch."""
+
+    stage: Literal["sft"] = opt("sft", "the stage this config is for")
     model: ModelConfig = section(ModelConfig, "the model to start from")
     lora: LoraConfig = section(LoraConfig, "low-rank adapters")
     data: DataConfig = section(DataConfig, "what is read and how it becomes tokens")
@@ -41,21 +55,72 @@ class SftConfig:
     logging: LoggingConfig = section(LoggingConfig, "where progress is shown")
 
     def check(self) -> Iterator[Problem]:
-        yield from check_adapters(self.model, self.lora, self.deepspeed)
+        yield from check_training(self)
         if self.data.format in ("prompts", "labelled") and not self.data.row_format:
             yield Problem(
                 "data.format",
                 f"{self.data.format} has no text to train on; set data.row_format,"
                 " or use text_only, text2text, conversation, paired, ranked or hh",
             )
-        if self.train.early_stopping.patience and not has_eval(self.data):
-            yield Problem(
-                "train.early_stopping.patience",
-                "needs evaluation data: set data.validation_split_percentage or data.eval_path",
-            )
 
 
-def has_eval(data: DataConfig) -> bool:
+@dataclass
+class RmConfig(StageConfig):
+    """Reward model from pairs, rankings or labelled texts."""
+
+    stage: Literal["rm"] = opt("rm", "the stage this config is for")
+    model: ModelConfig = section(ModelConfig, "the model to start from; it gets a new head for the score")
+    lora: LoraConfig = section(LoraConfig, "low-rank adapters; the head is trained in full beside them")
+    data: ComparisonDataConfig = section(ComparisonDataConfig, "pairs, rankings or labelled texts")
+    rm: ComparisonConfig = section(ComparisonConfig, "what is learnt from them, and what is said of the scores")
+    optim: OptimConfig = section(OptimConfig, "AdamW and its schedule")
+    train: TrainConfig = section(TrainConfig, "length and rhythm of the training")
+    deepspeed: DeepspeedConfig = section(DeepspeedConfig, "how the training is spread over the ranks")
+    launch: LaunchConfig = section(LaunchConfig, "how the ranks are started")
+    logging: LoggingConfig = section(LoggingConfig, "where progress is shown")
+
+    def check(self) -> Iterator[Problem]:
+        yield from check_training(self)
+
+
+@dataclass
+class MergeLoraConfig(StageConfig):
+    """Adapter + base -> plain model."""
+
+    stage: Literal["merge-lora"] = opt("merge-lora", "the stage this config is for")
+    merge: MergeConfig = section(MergeConfig, "what is merged, and how it is written")
+    logging: ProgressConfig = section(ProgressConfig, "where progress is shown")
+
+
+@dataclass
+class ScoreConfig(StageConfig):
+    """Rewards of responses or pairs, row by row."""
+
+    stage: Literal["score"] = opt("score", "the stage this config is for")
+    data: SourceConfig = section(SourceConfig, "responses, pairs, rankings or texts")
+    reward: RewardConfig = section(RewardConfig, "what scores them")
+    launch: LaunchConfig = section(LaunchConfig, "how the ranks are started, which share the rows")
+    logging: ProgressConfig = section(ProgressConfig, "where progress is shown")
+
+    def check(self) -> Iterator[Problem]:
+        if self.data.format == "prompts":
+            yield Problem("data.format", "prompts has no response to score; use text2text, paired, ranked or text_only")
+
+
+TrainedConfig = SftConfig | RmConfig  # stages that train one model by the supervised loop
+
+
+def check_training(config: TrainedConfig) -> Iterator[Problem]:
+    """What the sections of a supervised training rule out in each other."""
+    yield from check_adapters(config.model, config.lora, config.deepspeed)
+    if config.train.early_stopping.patience and not has_eval(config.data):
+        yield Problem(
+            "train.early_stopping.patience",
+            "needs evaluation data: set data.validation_split_percentage or data.eval_path",
+        )
+
+
+def has_eval(data: TrainingSourceConfig) -> bool:
     """Whether there is anything to evaluate on."""
     return bool(data.eval_path) or data.validation_split_percentage > 0
 
@@ -105,6 +170,11 @@ class StageInfo(NamedTuple):
     module: str
     examples: tuple[str, ...]
 
+    @property
+    def key(self) -> str:
+        """The name as files and Python have it."""
+        return self.name.replace("-", "_")
+
 
 STAGES: dict[str, StageInfo] = {
     "sft": StageInfo(
@@ -118,6 +188,42 @@ STAGES: dict[str, StageInfo] = {
             "rlhf sft conf=hh_rlhf_llama_7b model.path=/models/llama-7b data.path=data/hh_rlhf/sft optim.lr=1e-5",
             "rlhf sft model.path=runs/plays data.path=mine.jsonl lora=r16 deepspeed=zero3 launch.num_processes=2",
             "rlhf sft -m conf=my/own.yaml optim.lr=1e-5,3e-5",
+        ),
+    ),
+    "rm": StageInfo(
+        "rm",
+        RmConfig,
+        "reward model: pairwise, K-wise ranking, or labelled classes; full or LoRA",
+        ("model", "lora", "data", "optim", "deepspeed", "launch"),
+        "rlhf_cli.stages.rm",
+        (
+            "rlhf rm model.path=runs/hh_sft data.path=pairs.jsonl data.validation_split_percentage=10 run_dir=runs/rm",
+            "rlhf rm conf=hh_rlhf_llama_7b model.path=runs/hh_sft_7b data.path=data/hh_rlhf/rm run_dir=runs/hh_rm_7b",
+            "rlhf rm conf=shakespeare_sentiment model.path=runs/plays data.path=sentiment.jsonl run_dir=runs/mood",
+            "rlhf rm -m model.path=runs/hh_sft data.path=pairs.jsonl lora=r16 optim.lr=1e-5,3e-5,1e-4",
+        ),
+    ),
+    "merge-lora": StageInfo(
+        "merge-lora",
+        MergeLoraConfig,
+        "adapter + base -> plain model, policy or reward model",
+        (),
+        "rlhf_cli.stages.merge_lora",
+        (
+            "rlhf merge-lora merge.adapter=runs/hh_rm_7b run_dir=runs/hh_rm_7b_merged",
+            "rlhf merge-lora merge.adapter=some/peft_folder merge.base=/models/llama-7b merge.output_dtype=bf16",
+        ),
+    ),
+    "score": StageInfo(
+        "score",
+        ScoreConfig,
+        "rewards of responses or pairs from a file, by any reward source",
+        ("launch",),
+        "rlhf_cli.stages.score",
+        (
+            "rlhf score 'reward.sources=[{path: runs/rm}]' data.path=answers.jsonl run_dir=runs/scores",
+            "rlhf score 'reward.sources=[{type: classifier, path: runs/mood, label: happy}]' data.path=texts.jsonl",
+            "rlhf score 'reward.sources=[{type: function, path: my.py, function: brevity}]' data.path=pairs.jsonl",
         ),
     ),
 }

@@ -1,0 +1,132 @@
+"""Losses of reward models: pairs, rankings, labels. Pure functions of the scores of one batch.
+
+Shapes: N scores, pairs or rows; P pairs of a ranking; C classes. Half-precision inputs are computed in fp32.
+An empty batch gives a zero that still reaches its inputs: a rank without rows has to take part in the backward pass.
+Each loss is a mean over `stats.num` (labels: over `stats.weight`), so that loss x num adds up over micro-batches.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class ComparisonStats(NamedTuple):
+    """Detached scalars. accuracy: share of the pairs whose better side scores higher, equal scores count half; margin:
+    mean of r_better - r_worse; mean_reward: of all scores. num: pairs, or prompts with a pair (accuracy and margin are
+    then means per prompt, averaged over these prompts)."""
+
+    accuracy: Tensor
+    margin: Tensor
+    mean_reward: Tensor
+    num: int
+
+
+class ClassificationStats(NamedTuple):
+    """Detached. accuracy: share of the rows whose label has the highest logit; num: rows; weight: Σ of theirs."""
+
+    accuracy: Tensor
+    num: int
+    weight: Tensor
+
+
+def pairwise_reward_loss(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, center_coef: float = 0.0
+) -> tuple[Tensor, ComparisonStats]:
+    """Mean of -log σ(chosen - rejected - margin) + center_coef (chosen + rejected)² over the pairs.
+
+    chosen, rejected, margin: (N,). Bradley & Terry 1952; the margin is that of Llama 2 (arXiv 2307.09288, eq. 2), the
+    centring that of Eisenstein et al. (arXiv 2312.09244).
+    """
+    assert chosen.shape == rejected.shape == (len(chosen),), f"{chosen.shape} and {rejected.shape}"
+    chosen, rejected = _wide(chosen), _wide(rejected)
+    count = max(1, len(chosen))
+    loss = _pair_losses(chosen, rejected, margin, center_coef).sum() / count
+    difference = (chosen - rejected).detach()
+    scores = torch.cat([chosen, rejected]).detach()
+    stats = ComparisonStats(
+        _right_shares(difference).sum() / count, difference.sum() / count, _mean(scores), num=len(chosen)
+    )
+    return loss, stats
+
+
+def kwise_reward_loss(
+    scores: Tensor, ranks: Tensor, prompt_ids: Tensor, center_coef: float = 0.0
+) -> tuple[Tensor, ComparisonStats]:
+    """For each prompt the mean of -log σ(r_better - r_worse) + center_coef (r_better + r_worse)² over all its pairs of
+    different rank, then the mean over the prompts that have such a pair.
+
+    scores, ranks, prompt_ids: (N,); a smaller rank is better, equal ranks make no pair; rows of a prompt may stand
+    anywhere. InstructGPT (arXiv 2203.02155, eq. 1). With two answers to each prompt it is the pairwise loss.
+    """
+    assert scores.shape == ranks.shape == prompt_ids.shape == (len(scores),)
+    scores = _wide(scores)
+    better, worse, weights, num = _pairs(ranks, prompt_ids)
+    better, worse = better.to(scores.device), worse.to(scores.device)
+    weights = weights.to(scores.device, scores.dtype)
+    high, low = scores[better], scores[worse]
+    count = max(1, num)
+    loss = (weights * _pair_losses(high, low, None, center_coef)).sum() / count
+    difference = (high - low).detach()
+    accuracy, margin = (weights * _right_shares(difference)).sum() / count, (weights * difference).sum() / count
+    return loss, ComparisonStats(accuracy, margin, _mean(scores.detach()), num)
+
+
+def classification_loss(
+    logits: Tensor, labels: Tensor, class_weights: Tensor | None = None
+) -> tuple[Tensor, ClassificationStats]:
+    """Σ w_y · -log softmax(logits)[y] / Σ w_y over the rows; w is 1 without class_weights.
+
+    logits (N, C), labels (N,) int64 in [0, C), class_weights (C,).
+    """
+    assert labels.shape == (len(logits),)
+    logits = _wide(logits)
+    weights = logits.new_ones(len(labels)) if class_weights is None else class_weights.to(logits)[labels]
+    total = weights.sum()
+    losses = functional.cross_entropy(logits, labels, reduction="none")
+    loss = (weights * losses).sum() / total.clamp(min=torch.finfo(total.dtype).tiny)
+    hits = (logits.detach().argmax(-1) == labels).to(logits.dtype)
+    return loss, ClassificationStats(_mean(hits), len(labels), total)
+
+
+def _right_shares(differences: Tensor) -> Tensor:
+    """(N,) of r_better - r_worse -> (N,): 1 where the better side scores higher, ½ where both score the same."""
+    return (differences > 0).to(differences.dtype) + 0.5 * (differences == 0).to(differences.dtype)
+
+
+def _pair_losses(better: Tensor, worse: Tensor, margin: Tensor | None, center_coef: float) -> Tensor:
+    """(P,) each."""
+    difference = better - worse
+    if margin is not None:
+        difference = difference - margin.to(difference)
+    losses = -functional.logsigmoid(difference)
+    return losses if center_coef == 0 else losses + center_coef * (better + worse).square()
+
+
+def _pairs(ranks: Tensor, prompt_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(better (P,), worse (P,), weights (P,), number of prompts that have a pair): indices of all pairs of different
+    rank within a prompt, and 1 / the number of pairs of that prompt. The work is Σ K², not N²."""
+    order = torch.argsort(prompt_ids, stable=True)
+    _, sizes = torch.unique_consecutive(prompt_ids[order], return_counts=True)
+    starts = sizes.cumsum(0) - sizes  # of each prompt in `order`
+    prompts = torch.repeat_interleave(sizes)  # (N,) number of the prompt of order[i]
+    others = sizes[prompts]  # (N,) every row meets all rows of its prompt
+    left = torch.repeat_interleave(others)  # (Σ K²,)
+    within = torch.arange(len(left), device=left.device) - (others.cumsum(0) - others)[left]
+    right = starts[prompts][left] + within
+    better, worse = order[left], order[right]
+    keep = ranks[better] < ranks[worse]
+    pairs_of_prompt = torch.bincount(prompts[left[keep]], minlength=len(sizes))
+    weights = 1.0 / pairs_of_prompt[prompts[left[keep]]].double()
+    return better[keep], worse[keep], weights, int((pairs_of_prompt > 0).sum())
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.sum() / max(1, values.numel())

@@ -1,0 +1,91 @@
+"""Rewards from Python, in a few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_cli.data.rows import Message
+from rlhf_cli.errors import ConfigError, DataError, Problem
+from rlhf_cli.reward.combine import Rewards, open_rewards
+from rlhf_cli.reward.source import ScoredText
+from rlhf_cli.schema import RewardConfig, RewardSourceConfig
+
+Prompt = str | Sequence[Mapping[str, str]] | None
+
+
+@dataclass
+class Scorer:
+    """An opened reward source."""
+
+    rewards: Rewards
+
+    def score(
+        self,
+        prompts: Sequence[Prompt] | None,
+        responses: Sequence[str],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> list[float]:
+        """One reward per response.
+
+        prompts: each a text (one message of the user), a list of {"role", "content"}, or None (the response is raw
+        text, without a template); None for all of them at once. columns: further columns for functions and references.
+        """
+        count = len(responses)
+        given = {"prompts": prompts or [None] * count, **(columns or {})}
+        wrong = {name: len(values) for name, values in given.items() if len(values) != count}
+        if wrong:
+            raise DataError(f"{count} responses, but {', '.join(f'{n} {name}' for name, n in wrong.items())}")
+        texts = [
+            ScoredText(
+                _messages(prompt, number), response, {name: values[number] for name, values in (columns or {}).items()}
+            )
+            for number, (prompt, response) in enumerate(zip(given["prompts"], responses, strict=True))
+        ]
+        return [float(value) for value in self.rewards.score(texts).total]
+
+
+def open_reward(
+    path: str | Path | None = None,
+    *,
+    normalize: bool = False,
+    clip: float | None = None,
+    batch_size: int = 16,
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> Scorer:
+    """Open one source of rewards: a reward model by its path (run directory, local HF directory, hub id), or any other
+    by the options of reward.sources (type, label, measure, function, url ...).
+
+    >>> reward = open_reward("runs/rm")                                                  # doctest: +SKIP
+    >>> reward.score(["What is a floor?"], ["The lower side of a room."])                # doctest: +SKIP
+    [1.37]
+    >>> open_reward("runs/mood", type="classifier", label="happy").score(None, ["Hey!"]) # doctest: +SKIP
+    [-0.22]
+
+    device: None = the GPU if there is one. Raises RlhfError when it cannot be opened.
+    """
+    source = RewardSourceConfig(path=None if path is None else str(path), **options)
+    problems = [Problem(problem.key, problem.message) for problem in source.check()]
+    if problems:
+        raise ConfigError(problems)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    config = RewardConfig(sources=[source], normalize=normalize, clip=clip, batch_size=batch_size)
+    return Scorer(open_rewards(config, where))
+
+
+def _messages(prompt: Prompt, number: int) -> tuple[Message, ...] | None:
+    if prompt is None:
+        return None
+    if isinstance(prompt, str):
+        return (Message("user", prompt),)
+    try:
+        return tuple(Message(message["role"], message["content"]) for message in prompt)
+    except (TypeError, KeyError) as error:
+        raise DataError(
+            f'prompts[{number}] is neither text nor a list of {{"role": ..., "content": ...}}: {prompt!r:.60}'
+        ) from error

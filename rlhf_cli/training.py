@@ -1,0 +1,140 @@
+"""A supervised training from its data to its model: what sft and rm (and later raft) do alike.
+
+train_to_end reads top to bottom: model, engine, resume, loop, best weights, save, curves, manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf_cli.assemble import WEIGHTS, Task, Text, build_model, make_or_resume, redraw_lisa, whole_weights, write_model
+from rlhf_cli.loop import Conclusion, Hooks, LoopState, Objective, Trackers, Work, train
+from rlhf_cli.models.load import resolve_dtype
+from rlhf_cli.models.lora import plain_model
+from rlhf_cli.models.trainable import ParameterCount, count_parameters
+from rlhf_cli.run import Checkpoints, Run, close_run, load_best, prune_best, save_best
+from rlhf_cli.runtime.engine import Engine, gathered_state_dict
+from rlhf_cli.runtime.flops import flops_per_token, measured_peak_flops
+from rlhf_cli.runtime.metrics import MetricsLog, read_metrics
+from rlhf_cli.runtime.plots import plot_training
+from rlhf_cli.schema import TrainedConfig, to_dict
+
+SHOWN = ("loss", "accuracy", "perf/tokens_per_s", "perf/samples_per_s", "perf/peak_memory_gb", "perf/mfu")
+
+
+def train_to_end(
+    config: TrainedConfig,
+    run: Run,
+    text: Text,
+    task: Task,
+    make_objective: Callable[[], Objective[Any]],
+    data_digest: str,
+) -> dict[str, float]:
+    """Train as the config says. Returns the final figures, which are also in the manifest; {} when interrupted."""
+    dtype = resolve_dtype(config.model.dtype, run.ranks.device)
+    checkpoints = Checkpoints(run, {})
+    found = checkpoints.newest()
+    model = build_model(config, text, task, dtype, run, found)
+    if config.model.trainable.mode == "lisa":
+        checkpoints.extras[WEIGHTS] = whole_weights(config, model, text, task)
+    engine, state = make_or_resume(config, model, dtype, checkpoints, run, found, data_digest)
+
+    objective = make_objective()
+    trackers = open_trackers(config, engine.module, dtype, run, state.step)
+    hooks = Hooks(
+        partial(redraw_lisa, config=config, dtype=dtype, run=run),
+        checkpoints.save,
+        lambda engine, step: save_best(run, engine, step, only_trainable=config.model.trainable.mode != "lisa"),
+    )
+    run.process.watch.loop_started()
+    work = Work(objective, config.train, config.optim)
+    engine, ending = train(engine, work, state, run.ranks, run.process.watch, trackers, hooks)
+    if trackers.log is not None:
+        trackers.log.close()
+    if ending == "interrupted":
+        run.say(f"interrupted after step {state.step}; the same command goes on from there")
+        close_run(run, status="interrupted")
+        return {}
+    if ending == "early_stopped":
+        run.say(f"stopped early after step {state.step}; the best evaluation was after step {state.best_step}")
+    return finish(config, engine, text, task, objective, state, run)
+
+
+def open_trackers(config: TrainedConfig, model: nn.Module, dtype: torch.dtype, run: Run, step: int) -> Trackers:
+    """Where figures go: files and the terminal on rank 0."""
+    peak = measured_peak_flops(run.ranks.device, dtype)
+    log = (
+        MetricsLog(run.run_dir, config.logging, step, run.run_dir.name, to_dict(config)) if run.ranks.is_main else None
+    )
+    return Trackers(log, run.display, flops_per_token(*multiplied_parameters(model)), peak)
+
+
+def multiplied_parameters(model: nn.Module) -> ParameterCount:
+    """Parameters without the input embeddings, which are looked up, unless they are also the output head (tied)."""
+    counted, plain = count_parameters(model), plain_model(model)
+    if plain.get_output_embeddings() is not None and plain.config.get_text_config().tie_word_embeddings:
+        return counted
+    looked_up = count_parameters(plain.get_input_embeddings())
+    return ParameterCount(counted.trainable - looked_up.trainable, counted.total - looked_up.total)
+
+
+def finish(
+    config: TrainedConfig,
+    engine: Engine,
+    text: Text,
+    task: Task,
+    objective: Objective[Any],
+    state: LoopState,
+    run: Run,
+) -> dict[str, float]:
+    """Save the model (the best one with early stopping), draw the curves, print the summary, close the manifest."""
+    engine.eval()
+    use_best = config.train.early_stopping.patience > 0 and state.best_step is not None
+    concluded = objective.conclude(engine, state.best_step if use_best and state.best_step else state.step)
+    figures = state.best_eval | {"best_step": float(state.best_step or 0)} if use_best else dict(state.last_eval)
+    figures |= concluded.figures
+    figures |= {"steps": float(state.step), "tokens": float(state.tokens), "seconds": round(state.seconds, 3)}
+    weights = gathered_state_dict(engine, only_trainable=config.lora.enabled)
+    if run.ranks.is_main:
+        if use_best and state.best_step is not None:
+            put(weights, load_best(run.run_dir, state.best_step))
+        write_model(config, engine.module, weights, text, task, run.run_dir / "model", concluded.reward)
+        prune_best(run.run_dir)
+        figures |= last_logged(run.run_dir)
+        show(run, figures, concluded)
+    kind = ("adapter", "peft") if config.lora.enabled else ("reward" if task.is_reward else "policy", "hf")
+    output = {"kind": kind[0], "task": task.name, "path": "model", "format": kind[1]}
+    close_run(run, status="complete", output=output, reward=concluded.reward, metrics=figures)
+    return figures
+
+
+def show(run: Run, figures: dict[str, float], concluded: Conclusion) -> None:
+    """The last words in the terminal, and the curves."""
+    title = f"rlhf {run.config.stage}"
+    curves = plot_training(run.run_dir, f"{title}: {run.run_dir.name}")
+    assert run.display is not None
+    run.display.stop()
+    for table in concluded.tables:
+        run.display.table(*table)
+    rows = [(name, f"{value:,.4f}".rstrip("0").rstrip(".")) for name, value in figures.items()]
+    rows += [("model", str(run.run_dir / "model"))]
+    rows += [("plot", str(path)) for path in (curves, *concluded.plots) if path is not None]
+    run.display.table(title, rows)
+
+
+def put(weights: dict[str, torch.Tensor], best: dict[str, torch.Tensor]) -> None:
+    """Replace values in place, so that names that share a tensor (tied embeddings) change together."""
+    for name, value in best.items():
+        weights[name].copy_(value)
+
+
+def last_logged(run_dir: Path) -> dict[str, float]:
+    """The training figures and speed of the last logged step."""
+    lines = list(read_metrics(run_dir))
+    return {name: lines[-1][name] for name in SHOWN if lines and name in lines[-1]}
