@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.functional import log_softmax
 
 from rlhf_cli.data.comparison_rows import ComparisonRows
 from rlhf_cli.ops.calibration import (
@@ -22,6 +21,7 @@ from rlhf_cli.ops.calibration import (
     reliability,
     right_shares,
 )
+from rlhf_cli.ops.label_measures import MEASURES, measured
 from rlhf_cli.ops.losses import classification_loss, kwise_reward_loss, pairwise_reward_loss
 from rlhf_cli.schema import ComparisonConfig
 
@@ -32,8 +32,8 @@ Table = tuple[str, list[tuple[str, str]]]
 
 class Judgement(NamedTuple):
     """figures: by name, without the eval_; reward: the manifest's entry; reliability: bins of confidence; histogram:
-    {edges, side: counts}; scores: one line per row; worst: rows with tokens (arrays) where texts belong; tables: for the
-    terminal."""
+    {edges, side: counts}; scores: one line per row; worst: rows, with tokens (arrays) where texts belong; tables: for
+    the terminal."""
 
     figures: dict[str, float]
     reward: dict[str, Any]
@@ -208,30 +208,31 @@ def _judge_labels(
 ) -> Judgement:
     """logits (S, C), one sequence per row."""
     truth = np.array(rows.labels)
-    log_probs = log_softmax(torch.from_numpy(logits), dim=-1).numpy()
     confidence, correct = class_confidence(logits, truth)
     bins = reliability(confidence, correct, low=1 / len(labels))
     loss, _ = classification_loss(torch.from_numpy(logits), torch.from_numpy(truth), class_weights)
-    measured = {name: label_measures(logits, number) for number, name in enumerate(labels)}
-    own_margin = np.array([measured[labels[y]]["margin"][i] for i, y in enumerate(truth)])
+    by_label = {
+        name: {measure: measured(torch.from_numpy(logits), number, measure).numpy() for measure in MEASURES}
+        for number, name in enumerate(labels)
+    }
+    own = lambda measure: np.array([by_label[labels[y]][measure][i] for i, y in enumerate(truth)])
+    probability = own("probability")  # of each row's own label
     figures = {
         "loss": float(loss),
         "accuracy": float(correct.mean()),
         "accuracy_stderr": accuracy_stderr(correct),
         "majority": float(np.bincount(truth, minlength=len(labels)).max() / len(truth)),
-        "margin": float(own_margin.mean()),
+        "margin": float(own("margin").mean()),
         "ece": expected_calibration_error(bins),
     }
     lengths = np.array(rows.lengths)
-    for name, found in list(measured.items())[: None if len(labels) > 2 else 1]:  # of two, one mirrors the other
+    for name, found in list(by_label.items())[: None if len(labels) > 2 else 1]:  # of two, one mirrors the other
         figures[f"length_correlation_{name}"] = correlation(found["margin"], lengths)
-    by_label = {
+    moments = {
         name: {measure: {"mean": float(v.mean()), "std": float(v.std())} for measure, v in found.items()}
-        for name, found in measured.items()
+        for name, found in by_label.items()
     }
-    reward = {"mean": None, "std": None, "type": "labels", "labels": list(labels), "by_label": by_label}
-    # The probability of each row's own label: a bar on the left is a row that the model gets wrong.
-    probability = np.exp(log_probs[np.arange(len(truth)), truth])
+    reward = {"mean": None, "std": None, "type": "labels", "labels": list(labels), "by_label": moments}
     histogram = _histogram({name: probability[truth == i] for i, name in enumerate(labels)}, (0.0, 1.0))
     lines = [
         {"row": int(rows.row_numbers[i]) + 1, "label": labels[y], "logits": logits[i].tolist()}
@@ -246,18 +247,6 @@ def _judge_labels(
     ]  # fmt: skip
     tables = [_confusion_table(labels, truth, logits.argmax(1)), _reliability_table(bins)]
     return Judgement(figures, reward, bins, histogram, lines, worst, tables)
-
-
-def label_measures(logits: np.ndarray, label: int) -> dict[str, np.ndarray]:
-    """logits (N, C) -> (N,) each: log-probability and probability of a label; its logit minus the best other one."""
-    wide = torch.from_numpy(logits).double()
-    log_prob = log_softmax(wide, dim=-1)[:, label]
-    others = torch.cat([wide[:, :label], wide[:, label + 1 :]], dim=1)
-    return {
-        "log_prob": log_prob.numpy(),
-        "probability": log_prob.exp().numpy(),
-        "margin": (wide[:, label] - others.max(dim=1).values).numpy(),
-    }
 
 
 def _confusion_table(labels: tuple[str, ...], truth: np.ndarray, predicted: np.ndarray) -> Table:

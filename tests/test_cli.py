@@ -16,19 +16,15 @@ from safetensors.torch import load_file
 
 from rlhf_cli.rundir import read_manifest
 from rlhf_cli.runtime.metrics import read_metrics
+from tests.command_line import finish, rlhf, start, wait_for_step
 from tests.stage_cases import words, write_dialogues
 
-RLHF = [sys.executable, "-m", "rlhf_cli"]
 SLOW_STEPS = {
     "train__max_steps": 30,
     "train__save_every": 4,
     "train__keep_checkpoints": 2,
     "train__global_batch_size": 32,
 }
-
-
-def rlhf(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*RLHF, *arguments], capture_output=True, text=True, check=False, cwd=cwd, timeout=300)
 
 
 # --- words
@@ -118,33 +114,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dialogues(tmp_path_factory.mktemp("data") / "dialogues.jsonl", rows=64)
 
 
-def start(run_dir: Path, overrides: list[str]) -> subprocess.Popen[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    log = (run_dir.parent / "front.log").open("a")
-    return subprocess.Popen(
-        [*RLHF, "sft", *overrides, f"run_dir={run_dir}"], env=env, stdout=log, stderr=log, text=True
-    )
-
-
-def wait_for_step(run_dir: Path, step: int, front: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert front.poll() is None, (run_dir.parent / "front.log").read_text()
-        if any(line["step"] >= step for line in read_metrics(run_dir)):
-            return
-        time.sleep(0.01)
-    raise AssertionError("the run does not get on")
-
-
-def finish(run_dir: Path, overrides: list[str]) -> None:
-    front = start(run_dir, overrides)
-    assert front.wait(timeout=300) == 0, (run_dir.parent / "front.log").read_text()
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    finish(run_dir, words(data, **SLOW_STEPS))
+    finish("sft", run_dir, words(data, **SLOW_STEPS))
     return run_dir
 
 
@@ -164,12 +137,12 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(
 ) -> None:
     run_dir, overrides = tmp_path / "run", words(data, **SLOW_STEPS)
     for step in (3, 9, 21):  # before the first checkpoint, between two, late
-        front = start(run_dir, overrides)
+        front = start("sft", run_dir, overrides)
         wait_for_step(run_dir, step, front)
         front.send_signal(signal.SIGKILL)
         front.wait()
         assert read_manifest(run_dir)["status"] == "running"
-    finish(run_dir, overrides)
+    finish("sft", run_dir, overrides)
     assert_same_run(run_dir, uninterrupted)
 
 
@@ -178,7 +151,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(
 def test_sigterm_saves_and_the_same_command_goes_on(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
     overrides = words(data, **(SLOW_STEPS | {"train__save_every": 0}))
     run_dir = tmp_path / "run"
-    front = start(run_dir, overrides)
+    front = start("sft", run_dir, overrides)
     wait_for_step(run_dir, 7, front)
     front.send_signal(signal.SIGTERM)
     assert front.wait(timeout=60) == 143
@@ -187,7 +160,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(data: Path, uninterrupted: P
     (checkpoint,) = (run_dir / "checkpoints").glob("step_*")
     stopped = json.loads((checkpoint / "loop_state.json").read_text())["loop"]["step"]
     assert [line["step"] for line in read_metrics(run_dir)] == list(range(1, stopped + 1))
-    finish(run_dir, overrides)
+    finish("sft", run_dir, overrides)
     assert_same_run(run_dir, uninterrupted)
     again = rlhf("sft", *overrides, f"run_dir={run_dir}")
     assert again.returncode == 0
@@ -199,7 +172,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(data: Path, uninterrupted: P
 def test_a_killed_rank_ends_the_job_within_seconds(data: Path, tmp_path: Path) -> None:
     overrides = words(data, launch__num_processes=2, **(SLOW_STEPS | {"train__max_steps": 100000}))
     run_dir = tmp_path / "run"
-    front = start(run_dir, overrides)
+    front = start("sft", run_dir, overrides)
     wait_for_step(run_dir, 2, front)
     log = (run_dir / "logs" / "rank_1.log").read_text()
     victim = int(log.split("process ")[1].split()[0])
@@ -220,7 +193,7 @@ def test_a_killed_rank_ends_the_job_within_seconds(data: Path, tmp_path: Path) -
 def test_bad_data_is_one_message_and_exit_2(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": 3}\n')
-    front = start(tmp_path / "run", words(path))
+    front = start("sft", tmp_path / "run", words(path))
     assert front.wait(timeout=120) == 2
     shown = (tmp_path / "front.log").read_text()
     assert f"{path}:2" in shown

@@ -98,7 +98,7 @@ def test_a_stop_saves_and_ends_every_rank(tmp_path: Path, signum: int, code: int
     job.front.send_signal(signum)
     assert job.wait(10) == code
     assert [(tmp_path / f"saved_{rank}").read_text() for rank in (0, 1)] == [str(int(signum))] * 2
-    assert job.output == "\nstopping: saving a checkpoint; again to quit at once\n"
+    assert job.output == "\nstopping: saving what is done; again to quit at once\n"
     assert all(gone(pid) for pid in below)
 
 
@@ -236,7 +236,7 @@ def test_ctrl_c_in_a_terminal_stops_and_saves(tmp_path: Path) -> None:
     os.write(master, b"\x03")
     shown = read_all(master)
     assert job.wait(10) == 130
-    assert "stopping: saving a checkpoint" in shown
+    assert "stopping: saving what is done" in shown
     assert (tmp_path / "saved_0").exists()
     assert (tmp_path / "saved_1").exists()
 

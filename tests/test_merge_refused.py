@@ -15,8 +15,9 @@ from peft import LoHaConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from rlhf_cli.config.freeze import freeze, standing
 from rlhf_cli.config.merge_requests import check_merge
-from rlhf_cli.errors import ModelError
+from rlhf_cli.errors import ConfigError, ModelError
 from rlhf_cli.files import digest_tree, write_json
 from rlhf_cli.models.adapter import HARMLESS, REFUSED, read_adapter, scale_of
 from rlhf_cli.runtime.progress import Display
@@ -295,3 +296,15 @@ def test_scale_by_hand() -> None:
     assert scale_of(patterns, "model.layers.3.q_proj", 16) == 0.5  # 8 / 16
     assert scale_of(patterns, "model.layers.3.v_proj", 16) == 0.25  # 4 / 16
     assert scale_of(patterns, "model.layers.3.my_q_proj", 16) == 2.0  # no name ends so
+
+
+def test_a_finished_merge_is_left_alone(tmp_path: Path) -> None:
+    """It has no steps and no checkpoints by which other runs are known to have begun."""
+    values = {"stage": "merge-lora", "merge": {"adapter": "runs/lora"}}
+    freeze(tmp_path, values)
+    write_json(tmp_path / "manifest.json", {"stage": "merge-lora", "status": "running"})
+    assert standing(tmp_path, values, "auto").state == "new"
+    write_json(tmp_path / "manifest.json", {"stage": "merge-lora", "status": "complete"})
+    assert standing(tmp_path, values, "auto").state == "finished"
+    with pytest.raises(ConfigError, match=r"merge\.adapter: was 'runs/lora' in this run, now 'runs/other'"):
+        standing(tmp_path, {"stage": "merge-lora", "merge": {"adapter": "runs/other"}}, "auto")

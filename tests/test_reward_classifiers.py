@@ -15,11 +15,11 @@ from transformers import AutoModelForSequenceClassification
 from rlhf_cli.data.rows import DialogueRow, Message
 from rlhf_cli.data.templates import TEMPLATES
 from rlhf_cli.data.tokenize import encode_rows, make_encoder, row_segments
-from rlhf_cli.errors import ModelError
+from rlhf_cli.errors import DataError, ModelError
 from rlhf_cli.models.load import grow_embeddings
 from rlhf_cli.reward import open_reward
 from rlhf_cli.reward.combine import open_rewards
-from rlhf_cli.reward.measure import measured
+from rlhf_cli.ops.label_measures import measured
 from rlhf_cli.reward.model import length_batches
 from rlhf_cli.reward.source import ScoredText
 from rlhf_cli.schema import RewardConfig, RewardSourceConfig
@@ -302,3 +302,58 @@ def test_a_batch_of_nothing(tmp_path: Path) -> None:
     assert rewards.score([]).total.tolist() == []
     texts = [ScoredText(None, "a"), ScoredText((), "")]
     assert len(rewards.score(texts).total) == 2
+
+
+# --- tokenizers and configs as they come
+
+
+def test_a_decoder_without_any_padding_token(tmp_path: Path) -> None:
+    write_decoder(tmp_path / "rm")
+    config = json.loads((tmp_path / "rm" / "config.json").read_text())
+    config["pad_token_id"] = None
+    (tmp_path / "rm" / "config.json").write_text(json.dumps(config))
+    before = open_reward(tmp_path / "rm").score(None, RESPONSES)
+    settings = json.loads((tmp_path / "rm" / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (tmp_path / "rm" / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert open_reward(tmp_path / "rm").score(None, RESPONSES) == pytest.approx(before, abs=1e-6)
+    one = [open_reward(tmp_path / "rm", batch_size=1).score(None, [text])[0] for text in RESPONSES]
+    assert one == pytest.approx(before, abs=1e-5)
+
+
+def test_an_encoder_whose_tokenizer_cannot_pad(tmp_path: Path) -> None:
+    write_encoder(tmp_path / "bert", ["bad", "good"])
+    texts = ["good .", "what is a floor ?", "bad .", "why ?", "low side of the room yes no"]
+    before = open_reward(tmp_path / "bert", label="good").score(None, texts)
+    settings = json.loads((tmp_path / "bert" / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (tmp_path / "bert" / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert open_reward(tmp_path / "bert", label="good").score(None, texts) == pytest.approx(before, abs=1e-5)
+
+
+def test_a_template_that_refuses_names_the_row_and_the_option(tmp_path: Path) -> None:
+    tokenizer = byte_bpe()
+    tokenizer.chat_template = "{{ raise_exception('system messages are not supported') }}"
+    write_decoder(tmp_path / "rm", tokenizer=tokenizer)
+    reward = open_reward(tmp_path / "rm")
+    text = ScoredText((Message("user", "Why?"),), "So.", {}, "a.jsonl:3")
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:3: .*system messages are not supported.*the reward source's `template`"
+    ):
+        reward.rewards.score([text])
+    with pytest.raises(ModelError, match=r"sources\[0\]\.template to one of"):
+        open_reward(write_run_of(tmp_path, "made_up"))
+
+
+def write_run_of(root: Path, template: str) -> Path:
+    write_decoder(root / "run" / "model")
+    return write_run(root / "run", template=template)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_low_precision_comes_close(tmp_path: Path, dtype: str) -> None:
+    write_decoder(tmp_path / "rm")
+    exact = open_reward(tmp_path / "rm").score(None, RESPONSES)
+    low = open_reward(tmp_path / "rm", dtype=dtype).score(None, RESPONSES)
+    assert low == pytest.approx(exact, abs=0.05)
+    assert low != exact

@@ -116,8 +116,9 @@ def clear_false_start(run_dir: Path) -> None:
 
 
 def _reached_a_step(run_dir: Path) -> bool:
-    metrics = run_dir / "metrics.jsonl"
-    return (metrics.is_file() and metrics.stat().st_size > 0) or bool(_checkpoints(run_dir))
+    metrics, scored = run_dir / "metrics.jsonl", run_dir / ".scores"  # what `rlhf score` has done so far
+    begun = (metrics.is_file() and metrics.stat().st_size > 0) or bool(_checkpoints(run_dir)) or scored.is_dir()
+    return begun or read_manifest(run_dir).get("status") == "complete"  # a merge has no steps
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:

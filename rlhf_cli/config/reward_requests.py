@@ -42,7 +42,7 @@ def _check_model(key: str, source: RewardSourceConfig, normalize: bool) -> Itera
     labels = _labels(info, folder)
     if labels is not None:
         yield from _check_label(key, source, labels)
-    if normalize and source.label is None and "mean" not in info and not labels:
+    if normalize and not labels and info.get("mean") is None:
         yield Problem(
             "reward.normalize",
             f"{source.path} has no mean and std of its scores; `rlhf rm` stores them when it has evaluation data",

@@ -46,7 +46,7 @@ def supervise(command: JobCommand, run_dir: Path, log: IO[bytes], echo: Callable
                 if received and not stop_signal:
                     stop_signal, stop_time = received[0][0], received[0][1]
                     request_stop(run_dir, stop_signal)
-                    echo("\nstopping: saving a checkpoint; again to quit at once")
+                    echo("\nstopping: saving what is done; again to quit at once")
                 if any(when > stop_time + SAME_WISH_SECONDS for _, when in received):
                     end_at_once(launcher, command)
                     return Ended(launcher.returncode, stop_signal, forced=True)

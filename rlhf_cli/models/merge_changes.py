@@ -15,7 +15,7 @@ from rlhf_cli.models.merge_base import Base
 from rlhf_cli.models.merge_names import Resolver
 from rlhf_cli.models.tensor_files import StoredTensor
 
-COMPARED_ROWS = 4096
+COMPARED_ROWS = 512
 
 
 class Case(NamedTuple):

@@ -24,9 +24,9 @@ from rlhf_cli.models.load import check_complete, is_classifier, load_weights, re
 from rlhf_cli.models.lora import plain_model
 from rlhf_cli.models.reward import enable_scores, load_reward_model, reads_last_token
 from rlhf_cli.models.tokenizer import load_tokenizer
+from rlhf_cli.ops.label_measures import measured
 from rlhf_cli.reward.inputs import decoder_inputs, encoder_inputs
 from rlhf_cli.reward.locate import Located, locate
-from rlhf_cli.reward.measure import measured
 from rlhf_cli.reward.model import Encode, ModelSource, Moments, forward_at_last, forward_with_mask
 from rlhf_cli.schema import ModelConfig, RewardSourceConfig
 

@@ -102,7 +102,7 @@ def _base_digest(config: dict[str, Any], found: list[dict[str, str]]) -> str | N
 def _check_unchanged(run_dir: Path, before: list[dict[str, str]], now: list[dict[str, str]]) -> None:
     if not any((run_dir / "checkpoints").glob("step_*")):
         return
-    digests = {entry["run_dir"]: entry["digest"] for entry in before}
+    digests = {entry.get("run_dir"): entry["digest"] for entry in before}
     changed = [e["run_dir"] for e in now if digests.get(e["run_dir"], e["digest"]) != e["digest"]]
     if changed:
         raise CheckpointError(

@@ -246,7 +246,7 @@ class MergeConfig:
     output_dtype: Literal["auto", "bf16", "fp32", "fp16"] = opt(
         "auto", "precision of the written weights; auto = that of the base. The arithmetic is fp32"
     )
-    max_shard_size: str = opt("5GB", "largest file of weights, e.g. 500MB; about as much memory is needed")
+    max_shard_size: str = opt("5GB", "largest file of weights, e.g. 500MB or 2GiB")
     verify: Literal["auto", "always", "never"] = opt(
         "auto", "compare the result with base + adapter on a few inputs; auto = when two models fit into memory"
     )

@@ -192,6 +192,7 @@ def describe(parts: Parts, config: MergeConfig) -> list[tuple[str, str]]:
     ranks = sorted({pair.rank for pair in adapter.low_rank.values()})
     scales = sorted({round(pair.scale, 6) for pair in adapter.low_rank.values()})
     shards = split_shards(plan.targets, parse_size(config.max_shard_size))
+    files = "1 file" if len(shards) == 1 else f"{len(shards)} files"
     needed, available = memory_needed(plan), available_memory()
     compared = config.verify == "always" or (config.verify == "auto" and needed <= available)
     return [
@@ -199,7 +200,7 @@ def describe(parts: Parts, config: MergeConfig) -> list[tuple[str, str]]:
         ("base", f"{parts.base.named}: {plan.base_rows} rows of embeddings"),
         ("becomes", f"{plan.config.architectures[0]} with {plan.rows} rows, template {template_name(parts)}"),
         ("tensors", f"{len(plan.targets)}, of which {plan.num_changed} change, {len(adapter.whole)} brought whole"),
-        ("written", f"{plan.nbytes / 1e9:.3f} GB in {len(shards)} files, {short_dtype(plan)}"),
+        ("written", f"{plan.nbytes / 1e9:.3f} GB in {files}, {short_dtype(plan)}"),
         ("compared", f"{'yes' if compared else 'no'}: takes {needed / 1e9:.1f} GB, available {available / 1e9:.1f} GB"),
     ]
 

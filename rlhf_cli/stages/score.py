@@ -74,9 +74,9 @@ def score_file(config: ScoreConfig, run_dir: Path, process: RankProcess, ranks: 
     assert parts is not None
 
     process.watch.loop_started()
-    began = time.monotonic()
-    stopped = any_rank(not score_parts(run, sources, rewards, survey, parts))
-    seconds = time.monotonic() - began
+    progress = Progress(run, survey, parts)
+    stopped = any_rank(not score_parts(run, sources, rewards, parts, progress))
+    seconds = time.monotonic() - progress.began
     cut = sum(gather_objects(rewards.cut))
     if cut:
         run.say(f"{cut} texts were longer than a model takes and lost their start (the source's max_length)")
@@ -84,6 +84,7 @@ def score_file(config: ScoreConfig, run_dir: Path, process: RankProcess, ranks: 
         run.say("interrupted; the same command goes on from there")
         close_run(run, status="interrupted")
         return {}
+    progress.show(survey.rows)
     return finish(run, survey, parts, seconds)
 
 
@@ -170,9 +171,8 @@ def source_digests(config: ScoreConfig, parents: Sequence[dict[str, str]]) -> li
     return digests
 
 
-def score_parts(run: Run, sources: list[Source], rewards: Rewards, survey: Survey, parts: Parts) -> bool:
+def score_parts(run: Run, sources: list[Source], rewards: Rewards, parts: Parts, progress: Progress) -> bool:
     """Score this rank's parts that are not there yet. Returns False when asked to stop."""
-    progress = Progress(run, survey, parts)
     rows = scorable_rows(run.config.data, sources, [Tally(source.path, "") for source in sources])
     number = 0
     while part := list(islice(rows, parts.size)):
@@ -207,9 +207,12 @@ class Progress:
         if self.run.process.watch.requested:
             raise Asked
         self.scored_rows += texts * self.rows_per_text
+        # The last row is not done before every rank says so.
+        self.show(min(self.total - 1, self.first + round(self.scored_rows * self.run.ranks.world_size)))
+
+    def show(self, done: int) -> None:
+        """`done` rows are scored."""
         if self.run.display is not None:
-            everywhere = round(self.scored_rows * self.run.ranks.world_size)
-            done = min(self.total, self.first + everywhere)
             rate = (done - self.first) / max(1e-9, time.monotonic() - self.began)
             self.run.display.step(done, {"rows/s": f"{rate:,.1f}"})
 

@@ -1,6 +1,6 @@
-"""The model, the tokenizer and the ragged documents that all compared programs train on; the same bytes for a seed.
+"""The tokenizer, the texts and the model that all compared programs train on; the same bytes for a seed.
 
-python _material.py '{"out": ..., "hidden": ..., ...}'      see Material in sft.py for the settings
+python _material.py '{"out": ..., "documents": 256, "hidden": ..., ...}'      see make_material in sft.py and rm.py
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import random
 import string
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,31 +18,52 @@ from _probe import job_from_argv
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from rlhf_cli.data.plan import epoch_order
+from rlhf_cli.models.reward import new_reward_model
 from rlhf_cli.models.scratch import gated_width, new_model
 from rlhf_cli.models.tokenizer import train_tokenizer
 
 ZIPF_EXPONENT = 1.0  # word frequencies of natural text (Zipf 1949)
 LENGTH_SIGMA = 0.8  # of the log-normal lengths: the middle 80 % span a factor of eight, as in instruction data
+LONGEST_PROMPT = 0.75  # of max_length: the answers need room
+SHORTEST_ANSWER = 4  # tokens with EOS; shorter ones would often be the same on both sides
+
+
+class Language(NamedTuple):
+    """words; weights (W,): how often each is used, relatively; tokens (W,) that each takes; tokenizer."""
+
+    words: list[str]
+    weights: np.ndarray
+    tokens: np.ndarray
+    tokenizer: PreTrainedTokenizerFast
 
 
 def main(job: dict[str, Any]) -> None:
-    """Write model/ with its tokenizer, documents.jsonl in file order, in_order.jsonl as `rlhf sft` visits them, and
-    tokens.json, how many there are."""
+    """Write model/ with its tokenizer, documents.jsonl or pairs.jsonl in file order, in_order.jsonl as `rlhf` visits
+    them, and tokens.json, how many there are."""
     out = Path(job["out"])
     rng = random.Random(job["seed"])
-    words = pseudo_words(rng, 2 * job["vocab"])
-    weights = 1.0 / np.arange(1, len(words) + 1) ** ZIPF_EXPONENT
-    tokenizer = train_tokenizer("bpe", sample_lines(rng, words, weights), job["vocab"])
-    documents = ragged_documents(job, rng, words, weights, tokenizer)
-    write_rows(out / "documents.jsonl", documents)
+    language = make_language(rng, job["vocab"])
+    kind, make = ("pairs", pairs) if "pairs" in job else ("documents", documents)
+    rows = make(job, rng, language)
+    write_rows(out / f"{kind}.jsonl", rows)
     # The others read the rows one after the other, so that every program sees the same rows in the same step.
-    order = epoch_order(len(documents), None, job["seed"], 0)
-    write_rows(out / "in_order.jsonl", [documents[i] for i in order])
-    tokens = sum(len(ids) + 1 for ids in tokenizer(documents).input_ids)  # each document with its EOS
+    write_rows(out / "in_order.jsonl", [rows[i] for i in epoch_order(len(rows), None, job["seed"], 0)])
+    tokens = sum(count_tokens(language, row) for row in rows)
     (out / "tokens.json").write_text(json.dumps(tokens), encoding="utf-8")
-    tokenizer.save_pretrained(out / "model")
+    language.tokenizer.save_pretrained(out / "model")
     if job["weights"]:
-        write_model(job, tokenizer, out / "model")
+        write_model(job, language.tokenizer, out / "model")
+
+
+# --- language
+
+
+def make_language(rng: random.Random, vocab: int) -> Language:
+    words = pseudo_words(rng, 2 * vocab)
+    weights = 1.0 / np.arange(1, len(words) + 1) ** ZIPF_EXPONENT
+    tokenizer = train_tokenizer("bpe", sample_lines(rng, words, weights), vocab)
+    tokens = [len(ids) for ids in tokenizer([" " + w for w in words], add_special_tokens=False).input_ids]
+    return Language(words, weights, np.array(tokens), tokenizer)
 
 
 def pseudo_words(rng: random.Random, count: int) -> list[str]:
@@ -58,26 +80,61 @@ def sample_lines(rng: random.Random, words: list[str], weights: np.ndarray) -> l
     return [" ".join(words), *(" ".join(rng.choices(words, weights.tolist(), k=1000)) for _ in range(200))]
 
 
-def ragged_documents(
-    job: dict[str, Any], rng: random.Random, words: list[str], weights: np.ndarray, tokenizer: PreTrainedTokenizerFast
-) -> list[str]:
-    """Documents whose tokens (with EOS) follow a log-normal law cut to [min_length, max_length]."""
-    cost = np.array([len(ids) for ids in tokenizer([" " + w for w in words], add_special_tokens=False).input_ids])
+def text(rng: random.Random, language: Language, length: int) -> str:
+    """Words of at most `length` tokens together with an EOS, but at least one word."""
+    picked = rng.choices(range(len(language.words)), language.weights.tolist(), k=length)
+    fitting = int(np.searchsorted(np.cumsum(language.tokens[picked]), length - 1, side="right"))
+    return " " + " ".join(language.words[i] for i in picked[: max(1, fitting)])
+
+
+# --- rows
+
+
+def documents(job: dict[str, Any], rng: random.Random, language: Language) -> list[dict[str, str]]:
+    """Texts whose tokens (with EOS) follow a log-normal law cut to [min_length, max_length]."""
     lengths = np.random.default_rng(job["seed"]).lognormal(np.log(job["median_length"]), LENGTH_SIGMA, job["documents"])
-    documents = []
-    for length in np.clip(lengths, job["min_length"], job["max_length"]).astype(int):
-        picked = rng.choices(range(len(words)), weights.tolist(), k=int(length))
-        fitting = int(np.searchsorted(np.cumsum(cost[picked]), length - 1, side="right"))
-        documents.append(" " + " ".join(words[i] for i in picked[: max(1, fitting)]))
-    return documents
+    lengths = np.clip(lengths, job["min_length"], job["max_length"]).astype(int)
+    return [{"text": text(rng, language, int(length))} for length in lengths]
 
 
-def write_rows(path: Path, documents: list[str]) -> None:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+def pairs(job: dict[str, Any], rng: random.Random, language: Language) -> list[dict[str, str]]:
+    """Prompts with two answers each, all lengths log-normal with the means mean_prompt and mean_answer (the answers
+    with EOS) before they are cut so that prompt and answer have min_length to max_length tokens together."""
+    draw, count = np.random.default_rng(job["seed"]), job["pairs"]
+    prompts = log_normal(draw, job["mean_prompt"], count).clip(2, LONGEST_PROMPT * job["max_length"]).astype(int)
+    rows = []
+    for prompt, wanted in zip(prompts.tolist(), log_normal(draw, job["mean_answer"], (count, 2)), strict=True):
+        least = max(SHORTEST_ANSWER, job["min_length"] - prompt)
+        chosen, rejected = (int(length) for length in wanted.clip(least, job["max_length"] - prompt))
+        sides = (text(rng, language, length) for length in (prompt + 1, chosen, rejected))  # a prompt has no EOS
+        rows.append(dict(zip(("prompt", "chosen", "rejected"), sides, strict=True)))
+    return rows
+
+
+def log_normal(draw: np.random.Generator, mean: float, shape: int | tuple[int, ...]) -> np.ndarray:
+    """Draws of this mean, which is exp(median's logarithm + sigma² / 2)."""
+    return draw.lognormal(np.log(mean) - LENGTH_SIGMA**2 / 2, LENGTH_SIGMA, shape)
+
+
+def sequences(row: dict[str, str]) -> list[str]:
+    """The texts that a row puts through the model: a document, or a prompt with each of its answers."""
+    return [row["text"]] if "text" in row else [row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]]
+
+
+def count_tokens(language: Language, row: dict[str, str]) -> int:
+    """Tokens of a row's sequences, each with its EOS."""
+    return sum(len(ids) + 1 for ids in language.tokenizer(sequences(row)).input_ids)
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+# --- model
 
 
 def write_model(job: dict[str, Any], tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """A Llama with random weights, as safetensors."""
+    """A Llama with random weights, as safetensors; for pairs one with a head for scores."""
     config = LlamaConfig(
         vocab_size=job["vocab"],
         hidden_size=job["hidden"],
@@ -91,7 +148,11 @@ def write_model(job: dict[str, Any], tokenizer: PreTrainedTokenizerFast, directo
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    new_model(config, torch.float32, job["seed"]).save_pretrained(directory)
+    if "pairs" in job:
+        model = new_reward_model(config, None, torch.float32, job["seed"])
+    else:
+        model = new_model(config, torch.float32, job["seed"])
+    model.save_pretrained(directory)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Model FLOP utilisation of `rlhf sft` at real Llama shapes, against this machine's own matrix product."""
+"""Model FLOP utilisation of sft and rm at real Llama shapes, against this machine's own matrix product."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ from _table import speed
 
 
 class Shape(NamedTuple):
-    """A Llama of full_layers layers. length, micro_batch: of the rows it is trained on."""
+    """A Llama of full_layers layers. length, micro_batch: of the rows it is trained on. scores: the rows are pairs, and
+    each sequence gets one score instead of a logit for each token and word."""
 
     hidden: int
     heads: int
@@ -23,6 +24,7 @@ class Shape(NamedTuple):
     vocab: int
     length: int
     micro_batch: int
+    scores: bool = False
 
 
 SHAPES = {
@@ -42,7 +44,7 @@ print(measured_peak_flops(device, torch.bfloat16), memory)
 """
 
 
-def measure(names: Sequence[str], job: dict[str, Any], env: dict[str, str], work: Path) -> str:
+def measure(shapes: Mapping[str, Shape], job: dict[str, Any], env: dict[str, str], work: Path) -> str:
     """A Markdown table, one line per shape. A shape that does not fit is trained with as many layers as do."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
@@ -54,8 +56,7 @@ def measure(names: Sequence[str], job: dict[str, Any], env: dict[str, str], work
         "| shape | layers | tokens/s | TFLOP/s | MFU | peak GiB |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for name in names:
-        shape = SHAPES[name]
+    for name, shape in shapes.items():
         layers = min(shape.full_layers, layers_that_fit(shape, memory * SHARE_OF_MEMORY))
         run_dir = work / f"mfu-{name}"
         probe = run_ours(job | training(shape, layers, work / name), env, run_dir)
@@ -69,6 +70,11 @@ def measure(names: Sequence[str], job: dict[str, Any], env: dict[str, str], work
     return "\n".join(lines)
 
 
+def of_pairs(shape: Shape) -> Shape:
+    """The shape of a reward model that sees as many sequences at a time."""
+    return shape._replace(micro_batch=shape.micro_batch // 2, scores=True)
+
+
 def training(shape: Shape, layers: int, material: Path) -> dict[str, Any]:
     """What a shape changes in the job: a model from scratch, full-length rows."""
     arch = {
@@ -79,7 +85,7 @@ def training(shape: Shape, layers: int, material: Path) -> dict[str, Any]:
         "max_positions": shape.length,
     }
     return {
-        "documents": str(material / "documents.jsonl"),
+        "rows": str(material / ("pairs.jsonl" if shape.scores else "documents.jsonl")),
         "max_length": shape.length,
         "global_batch": 2 * shape.micro_batch,
         "micro_batch": shape.micro_batch,
@@ -107,7 +113,7 @@ def block(shape: Shape) -> int:
 def flops_per_token(shape: Shape, layers: int) -> float:
     """Forward and backward, without what checkpointing computes again: 6 per multiplied weight, and per layer
     6 · length · hidden for causal attention, half of the full square (PaLM, arXiv 2204.02311, appendix B, halved)."""
-    multiplied = layers * block(shape) + shape.vocab * shape.hidden
+    multiplied = layers * block(shape) + (0 if shape.scores else shape.vocab * shape.hidden)
     return 6.0 * multiplied + 6.0 * layers * shape.length * shape.hidden
 
 

@@ -15,7 +15,8 @@ class Probe:
     """Memory and times of one training process.
 
     imports_mib: most memory held once everything is imported; peak_mib: most memory held by the end of the last step.
-    times: wall-clock second at the end of each optimizer step; tokens: real tokens of each; losses: of each.
+    times: wall-clock second at the end of each optimizer step; tokens: real tokens of each; samples: documents or pairs
+    of each; losses: of each.
     """
 
     imports_mib: float = 0.0
@@ -23,6 +24,7 @@ class Probe:
     times: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
     def step_ended(self) -> None:

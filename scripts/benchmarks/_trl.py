@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer on the same rows. Runs in an environment of its own, which need not have our package."""
+"""TRL's trainer of a stage on the same rows. Runs in an environment of its own, which need not have our package."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 import transformers
 import trl
 from _probe import Probe, high_water_mib, job_from_argv
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.models.llama import modeling_llama  # noqa: F401  before memory is read: the import is lazy
-from trl import SFTConfig, SFTTrainer
+from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+STAGES: dict[str, tuple[Any, Any]] = {"sft": (SFTConfig, SFTTrainer), "rm": (RewardConfig, RewardTrainer)}
 
 
 class Watch(TrainerCallback):
@@ -29,7 +31,7 @@ class Watch(TrainerCallback):
             self.probe.losses.append(float(logs["loss"]))
 
 
-def settings(job: dict[str, Any], scratch: str) -> SFTConfig:
+def settings(job: dict[str, Any], scratch: str) -> dict[str, Any]:
     """TRL's own defaults, except for what all compared programs must have in common."""
     shared = {
         "output_dir": scratch,
@@ -47,32 +49,41 @@ def settings(job: dict[str, Any], scratch: str) -> SFTConfig:
         "use_cpu": True,
         "seed": job["seed"],
         "model_init_kwargs": {"dtype": "float32"},
-        "packing": job["packing"],
     }
+    if job["stage"] == "sft":
+        shared["packing"] = job["packing"]
     if not job["defaults"]:
         shared |= {"gradient_checkpointing": False, "bf16": job["dtype"] == "bf16"}
-    return SFTConfig(**shared)
+    return shared
 
 
 def main(job: dict[str, Any]) -> None:
     versions = {m.__name__: m.__version__ for m in (torch, transformers, trl)}
     probe = Probe(high_water_mib(), versions=versions)
+    config, trainer_of_stage = STAGES[job["stage"]]
     rows = load_dataset("json", data_files=job["data"], split="train")
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = SFTTrainer(
+        trainer = trainer_of_stage(
             model=job["model"],
-            args=settings(job, scratch),
+            args=config(**settings(job, scratch)),
             train_dataset=rows,
             processing_class=AutoTokenizer.from_pretrained(job["model"]),
             callbacks=[Watch(probe)],
         )
         trainer.train()
-    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    lengths = row_lengths(job["stage"], trainer.train_dataset)
     size = job["global_batch"] // job["micro_batch"] * job["micro_batch"]
     # Fewer rows than steps x size means a second epoch in the same order, of which the last batch may be smaller.
     batches = [lengths[start : start + size] for start in range(0, len(lengths), size)]
-    probe.tokens = [sum(batches[step % len(batches)]) for step in range(len(probe.times))]
+    steps = [batches[step % len(batches)] for step in range(len(probe.times))]
+    probe.tokens, probe.samples = [sum(batch) for batch in steps], [len(batch) for batch in steps]
     probe.write(job["result"])
+
+
+def row_lengths(stage: str, rows: Dataset) -> list[int]:
+    """Tokens of each row as the trainer has prepared it."""
+    names = {"sft": ["input_ids"], "rm": ["chosen_ids", "rejected_ids"]}[stage]
+    return [sum(map(len, sides)) for sides in zip(*(rows[name] for name in names), strict=True)]
 
 
 if __name__ == "__main__":

@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Measure = Literal["log_prob", "probability", "margin"]
+MEASURES: tuple[Measure, ...] = ("log_prob", "probability", "margin")
 
 
 def measured(logits: Tensor, label: int, measure: Measure, *, multi_label: bool = False) -> Tensor:
-    """What of label number `label` is the reward: (N, C) logits -> (N,) float32.
+    """What of label number `label` is the reward: (N, C) logits -> (N,) float32 (float64 of float64).
 
     log_prob, probability: over all labels (softmax), or of this label alone (sigmoid) when a text may have several
     (multi_label). margin: its logit minus the best other one.
     """
-    logits = logits.float()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     if measure == "margin":
         others = logits.clone()
         others[:, label] = -torch.inf
