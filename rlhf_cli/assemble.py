@@ -102,9 +102,12 @@ def _trained_tokenizer(config: TrainedConfig, folder: Path, run: Run | None) -> 
     return load_tokenizer(folder)
 
 
-def describe_template(template: Template, info: list[dict[str, Any]]) -> str:
+def describe_template(template: Template, data: Prepared | PreparedComparisons) -> str:
     """One line for the user; a dialogue without a template is hardly ever meant."""
-    dialogues = {f for entry in info for f in entry["formats"]} - {"text_only", "labelled"}
+    if isinstance(data, Prepared):
+        dialogues = bool({f for info in data.info for f in info["formats"]} - {"text_only"})
+    else:
+        dialogues = data.templated
     line = f"template: {template.name}"
     if template.name == "none" and dialogues:
         line += (
@@ -128,7 +131,7 @@ def load_data(config: TrainedConfig, text: Text, run: Run) -> Prepared | Prepare
         else:
             data = prepare(config.data, text.tokenizer, digest, text.template, report)
     run.update_manifest(template=text.template.name, data=data.info)
-    run.say(describe_template(text.template, data.info))
+    run.say(describe_template(text.template, data))
     if run.ranks.is_main:
         save_row_digests(run.run_dir, _digests(data.train)[0])
         if data.eval is not None:
@@ -148,7 +151,7 @@ def _tell_seen(run: Run, digests: np.ndarray, owners: np.ndarray) -> None:
     found = find_seen(run.run_dir, digests, owners)
     run.update_manifest(eval_rows_seen=[seen._asdict() for seen in found])
     for seen in found:
-        run.say(seen.warning(len(np.unique(owners))))
+        run.say(seen.warning(len(np.unique(owners)), own=seen.run_dir == str(run.run_dir)))
 
 
 # --- model and engine

@@ -22,7 +22,7 @@ from rlhf_cli.data.comparison_stream import (
     has_contrast,
     survey_labels,
 )
-from rlhf_cli.data.rows import RowError, num_chars
+from rlhf_cli.data.rows import DialogueRow, RowError, num_chars
 from rlhf_cli.data.stream import (
     Tally,
     eval_count,
@@ -38,7 +38,7 @@ from rlhf_cli.data.tokenize import OVERLONG, Encoder, encode_rows, make_encoder,
 from rlhf_cli.schema import ComparisonDataConfig
 
 # Raised whenever the same data and settings give other tokens or another split than before.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 CHUNK_GROUPS, CHUNK_CHARS = 1024, 1 << 22
 # as ComparisonRows has them
 COLUMNS = {
@@ -71,7 +71,8 @@ NumberedGroups = list[tuple[int, Group]]
 class PreparedComparisons(NamedTuple):
     """train and eval groups; info: one entry per data.path and data.eval_path for the manifest; digest of it all.
 
-    labels: their names in order, empty for pairs and rankings.
+    labels: their names in order, empty for pairs and rankings. templated: whether rows go through the template, because
+    they have a prompt.
     """
 
     train: ComparisonRows
@@ -80,6 +81,7 @@ class PreparedComparisons(NamedTuple):
     digest: str
     kind: Kind
     labels: tuple[str, ...]
+    templated: bool
 
     @property
     def sequences_per_row(self) -> int:
@@ -126,14 +128,21 @@ def prepare_comparisons(
         held_out, parts = labels.held_out, [folder / "train"]
         if held_out is not None:
             parts.append(folder / "eval")
-        groups = comparison_groups(data, sources, tallies, expected)
-        count = _write(parts, groups, lambda row: 0 if held_out is None else int(held_out[row]), tallies, making)
+        templated = False
+
+        def watched() -> Iterator[Group]:
+            nonlocal templated
+            for group in comparison_groups(data, sources, tallies, expected):
+                templated |= isinstance(group.rows[0], DialogueRow)
+                yield group
+
+        count = _write(parts, watched(), lambda row: 0 if held_out is None else int(held_out[row]), tallies, making)
         num_eval = 0 if expected.kind == "labels" else eval_count(count, data.validation_split_percentage)
         if eval_sources:
             groups = comparison_groups(data, eval_sources, eval_tallies, expected)
             _write([folder / "eval"], groups, lambda row: 0, eval_tallies, making)
         infos = [[_info(tally) for tally in side] for side in (tallies, eval_tallies)]
-        told = {"kind": expected.kind, "labels": labels.names, "train_rows": count - num_eval}
+        told = {"kind": expected.kind, "labels": labels.names, "train_rows": count - num_eval, "templated": templated}
         return told | {"train": infos[0], "eval": infos[1]}
 
     prepared = _open(data, digest, *load_or_build(cache_root(data.cache_dir) / digest, write, report))
@@ -243,7 +252,7 @@ def _open(
         if not len(evaluation):
             raise nothing_left("evaluate", info["eval"] or info["train"], data, settings)
     infos = named_infos(data, [*info["train"], *info["eval"]])
-    return PreparedComparisons(train, evaluation, infos, digest, info["kind"], tuple(info["labels"]))
+    return PreparedComparisons(train, evaluation, infos, digest, info["kind"], tuple(info["labels"]), info["templated"])
 
 
 def _info(tally: Tally) -> dict[str, Any]:

@@ -19,12 +19,17 @@ class Seen(NamedTuple):
     run_dir: str
     rows: int | None
 
-    def warning(self, total: int) -> str:
-        """A line for the user; total: evaluation rows in all."""
+    def warning(self, total: int, own: bool) -> str:
+        """A line for the user. total: evaluation rows in all; own: it is the run that evaluates."""
         if self.rows is None:
             return (
                 f"warning: {self.run_dir} does not say which rows it trained on ({FILE} is missing);"
                 " evaluation rows may be among them"
+            )
+        if own:
+            return (
+                f"warning: {self.rows} of {total} evaluation rows are among the training rows, too, so the evaluation"
+                " flatters the model; the data repeats itself (data.deduplicate=true drops rows that come again)"
             )
         return (
             f"warning: {self.rows} of {total} evaluation rows were trained on in {self.run_dir}, so the evaluation"

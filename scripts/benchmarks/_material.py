@@ -25,7 +25,6 @@ from rlhf_cli.models.tokenizer import train_tokenizer
 ZIPF_EXPONENT = 1.0  # word frequencies of natural text (Zipf 1949)
 LENGTH_SIGMA = 0.8  # of the log-normal lengths: the middle 80 % span a factor of eight, as in instruction data
 LONGEST_PROMPT = 0.75  # of max_length: the answers need room
-SHORTEST_ANSWER = 4  # tokens with EOS; shorter ones would often be the same on both sides
 
 
 class Language(NamedTuple):
@@ -101,10 +100,11 @@ def pairs(job: dict[str, Any], rng: random.Random, language: Language) -> list[d
     """Prompts with two answers each, all lengths log-normal with the means mean_prompt and mean_answer (the answers
     with EOS) before they are cut so that prompt and answer have min_length to max_length tokens together."""
     draw, count = np.random.default_rng(job["seed"]), job["pairs"]
-    prompts = log_normal(draw, job["mean_prompt"], count).clip(2, LONGEST_PROMPT * job["max_length"]).astype(int)
+    one_word = int(language.tokens.max()) + 1  # so that the first word of a text fits, whatever it is
+    prompts = log_normal(draw, job["mean_prompt"], count).clip(one_word, LONGEST_PROMPT * job["max_length"]).astype(int)
     rows = []
     for prompt, wanted in zip(prompts.tolist(), log_normal(draw, job["mean_answer"], (count, 2)), strict=True):
-        least = max(SHORTEST_ANSWER, job["min_length"] - prompt)
+        least = max(one_word, job["min_length"] - prompt)
         chosen, rejected = (int(length) for length in wanted.clip(least, job["max_length"] - prompt))
         sides = (text(rng, language, length) for length in (prompt + 1, chosen, rejected))  # a prompt has no EOS
         rows.append(dict(zip(("prompt", "chosen", "rejected"), sides, strict=True)))
