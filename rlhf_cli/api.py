@@ -8,9 +8,9 @@ from typing import Any
 
 from rlhf_cli import job
 from rlhf_cli.config.compose import compose_stage
-from rlhf_cli.errors import ConfigError, RunFailed
+from rlhf_cli.errors import ConfigError, Problem, RunFailed
 from rlhf_cli.rundir import read_manifest
-from rlhf_cli.schema import MergeLoraConfig, RmConfig, ScoreConfig, SftConfig, build, to_dict
+from rlhf_cli.schema import STAGES, MergeLoraConfig, RmConfig, ScoreConfig, SftConfig, build, to_dict
 
 
 def compose(stage: str, overrides: list[str]) -> Any:
@@ -18,6 +18,8 @@ def compose(stage: str, overrides: list[str]) -> Any:
 
     Raises ConfigError with all problems. Options may be set on the result before it is given to a stage.
     """
+    if stage not in STAGES:
+        raise ConfigError([Problem("", f"no stage {stage!r}; stages: {', '.join(STAGES)}")])
     composed = compose_stage(stage, overrides)
     if composed.problems or composed.unmet:
         raise ConfigError(composed.problems + composed.unmet)
@@ -56,6 +58,12 @@ def metrics(run_dir: Path | str) -> dict[str, float]:
 
 
 def _run(stage: str, config: Any) -> Path:
+    expected = STAGES[stage].config
+    if not isinstance(config, expected):
+        got = type(config).__name__
+        raise ConfigError(
+            [Problem("", f"`rlhf {stage}` takes a {expected.__name__}, as compose({stage!r}, ...) makes it; got {got}")]
+        )
     values = to_dict(config)
     checked = build(type(config), values)
     problems = job.request_problems(checked)

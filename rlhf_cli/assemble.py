@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -11,8 +12,8 @@ from torch import nn
 
 from rlhf_cli.data.comparison_rows import ComparisonRows
 from rlhf_cli.data.comparison_stream import comparison_texts
-from rlhf_cli.data.comparisons import PreparedComparisons, prepare_comparisons
-from rlhf_cli.data.dataset import Prepared, prepare
+from rlhf_cli.data.comparisons import PreparedComparisons
+from rlhf_cli.data.dataset import Prepared
 from rlhf_cli.data.seen import find_seen, save_row_digests
 from rlhf_cli.data.stream import train_texts
 from rlhf_cli.data.templates import TEMPLATES, Template, resolve_template
@@ -36,6 +37,9 @@ from rlhf_cli.runtime.manifest import model_dir
 from rlhf_cli.schema import RmConfig, TrainedConfig
 
 WEIGHTS = "weights"  # a checkpoint's directory of whole weights
+
+PreparedT = TypeVar("PreparedT", Prepared, PreparedComparisons)
+Prepare = Callable[[Any, Any, str, Template, Callable[[str], None]], PreparedT]  # data.dataset.prepare and its kin
 
 
 class Task(NamedTuple):
@@ -116,7 +120,7 @@ def describe_template(template: Template, data: Prepared | PreparedComparisons) 
     return line
 
 
-def load_data(config: TrainedConfig, text: Text, run: Run) -> Prepared | PreparedComparisons:
+def load_data(config: TrainedConfig, text: Text, run: Run, prepare: Prepare[PreparedT]) -> PreparedT:
     """Token rows, from the cache or made by the first rank of each machine.
 
     What is trained on is kept in the run directory, for later stages to know; what an earlier stage trained on and
@@ -124,12 +128,7 @@ def load_data(config: TrainedConfig, text: Text, run: Run) -> Prepared | Prepare
     """
     with local_first(run.ranks):
         report = run.say if run.ranks.is_main else print
-        digest = tokenizer_digest(text.tokenizer)
-        data: Prepared | PreparedComparisons
-        if isinstance(config, RmConfig):
-            data = prepare_comparisons(config.data, text.tokenizer, digest, text.template, report)
-        else:
-            data = prepare(config.data, text.tokenizer, digest, text.template, report)
+        data = prepare(config.data, text.tokenizer, tokenizer_digest(text.tokenizer), text.template, report)
     run.update_manifest(template=text.template.name, data=data.info)
     run.say(describe_template(text.template, data))
     if run.ranks.is_main:
@@ -143,7 +142,7 @@ def _digests(rows: TokenRows | ComparisonRows) -> tuple[np.ndarray, np.ndarray]:
     """(digest (N,) of every text, the row (N,) that it belongs to)."""
     if isinstance(rows, TokenRows):
         return rows.row_digests, rows.row_digests  # windows of one row share its digest
-    return rows.sequence_digests, np.repeat(np.arange(len(rows)), rows.counts)
+    return rows.sequence_digests, rows.owners
 
 
 def _tell_seen(run: Run, digests: np.ndarray, owners: np.ndarray) -> None:

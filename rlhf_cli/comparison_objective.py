@@ -15,6 +15,7 @@ from rlhf_cli.data import plan
 from rlhf_cli.data.collate import ComparisonBatch, collate_comparisons
 from rlhf_cli.data.comparison_rows import ComparisonRows
 from rlhf_cli.data.comparisons import PreparedComparisons
+from rlhf_cli.errors import RunFailed
 from rlhf_cli.files import write_json, write_text
 from rlhf_cli.judgement import Judgement, judge
 from rlhf_cli.loop import Conclusion, Micro, StepData
@@ -35,26 +36,20 @@ class ComparisonObjective:
     def __init__(self, config: RmConfig, data: PreparedComparisons, text: Text, run: Run):
         self.config, self.data, self.text, self.run = config, data, text, run
         self.rows, self.eval_rows = data.train, data.eval
-        self.per_epoch = plan.epoch_rows(len(data.train), data.train.repeats)
         settings = config.train
+        self.course = plan.Course(len(data.train), data.train.repeats, settings.global_batch_size, settings.seed)
         self.total_steps = plan.num_steps(
-            self.per_epoch, settings.global_batch_size, settings.epochs, settings.max_steps
+            self.course.per_epoch, settings.global_batch_size, settings.epochs, settings.max_steps
         )
         self.class_weights = class_weights(data) if config.rm.class_weights == "balanced" else None
-        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
     def epoch(self, step: int) -> float:
         """Passes over the data after `step` steps."""
-        return step / plan.steps_per_epoch(self.per_epoch, self.config.train.global_batch_size)
+        return self.course.epoch(step)
 
     def step_data(self, step: int) -> StepData[Sequence[int]]:
         """The global batch of a step; this rank's part of it as micro-batches of row numbers."""
-        settings = self.config.train
-        position = plan.locate(step, self.per_epoch, settings.global_batch_size)
-        if self._order[0] != position.epoch:
-            order = plan.epoch_order(len(self.rows), self.rows.repeats, settings.seed, position.epoch)
-            self._order = position.epoch, order
-        rows = self._order[1][position.rows]
+        rows = self.course.rows(step)
         weight = float(len(rows))
         if self.class_weights is not None:
             weight = float(self.class_weights[torch.from_numpy(self.rows.labels[rows])].sum())
@@ -135,16 +130,21 @@ class ComparisonObjective:
         """Score all rows and say what the scores are worth; the same on every rank."""
         engine.eval()
         mine: list[tuple[int, list[float]]] = []  # (sequence, its scores)
-        # Enough rows at a time that sorting them by length saves padding.
-        window = self.config.train.micro_batch_size * self.run.ranks.world_size * 16
-        for start in range(0, len(source), window):
-            for rows in self._spread(source, np.arange(start, min(start + window, len(source)))):
+        for window in plan.windows(len(source), self.config.train.micro_batch_size, self.run.ranks.world_size):
+            for rows in self._spread(source, window):
                 scores, _ = self._scores(engine, source, rows)
                 sequences = [s for row in rows for s in source.sequences(row)]
                 mine += zip(sequences, scores.double().tolist(), strict=True)
         engine.train()
         scored = dict(pair for part in gather_objects(mine) for pair in part)
         table = np.array([scored[s] for s in range(len(scored))])
+        broken = np.flatnonzero(~np.isfinite(table).all(1))
+        if len(broken):
+            row = int(source.row_numbers[source.owners[broken[0]]]) + 1
+            raise RunFailed(
+                f"evaluation: {len(broken)} of {len(table)} scores are no numbers, the first in row {row}. Checkpoints"
+                " written before are kept. Lower optim.lr, or use model.dtype=bf16 or fp32"
+            )
         return judge(self.data.kind, self.data.labels, source, table, self.config.rm, self.class_weights)
 
     def _write(self, judged: Judgement, step: int) -> None:
@@ -168,6 +168,7 @@ def shown(entry: dict[str, Any], decode: Any) -> dict[str, Any]:
 
 
 def class_weights(data: PreparedComparisons) -> torch.Tensor:
-    """(C,) N / (C x rows of the class): every class weighs the same, and the mean weight of a row is 1."""
-    counts = np.bincount(data.train.labels, minlength=len(data.labels))
-    return torch.from_numpy(len(data.train) / (len(counts) * np.maximum(counts, 1))).float()
+    """(C,) N / (C x rows of the class), repeats counted: every class weighs the same, and the mean weight of a row is 1
+    where every class has rows."""
+    counts = np.bincount(data.train.labels, data.train.repeats, minlength=len(data.labels))
+    return torch.from_numpy(counts.sum() / (len(counts) * np.maximum(counts, 1))).float()

@@ -63,9 +63,10 @@ def check_space(directory: Path, num_bytes: int, what: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(directory).free
     if free < num_bytes:
+        size, unit = (1e9, "GB") if num_bytes >= 1e8 else (1e6, "MB")
         raise RunFailed(
-            f"no room for {what} in {directory}: needs {num_bytes / 1e9:.2f} GB, free are {free / 1e9:.2f} GB;"
-            " make room and start the same command again"
+            f"no room for {what} in {directory}: needs {num_bytes / size:.2f} {unit}, free are"
+            f" {free / size:.2f} {unit}; make room and start the same command again"
         )
 
 

@@ -22,10 +22,12 @@ from rlhf_cli.ops.calibration import (
     right_shares,
 )
 from rlhf_cli.ops.label_measures import MEASURES, measured
-from rlhf_cli.ops.losses import classification_loss, kwise_reward_loss, pairwise_reward_loss
+from rlhf_cli.ops.losses import classification_loss, kwise_reward_loss, pairwise_reward_loss, ranked_pairs
 from rlhf_cli.schema import ComparisonConfig
 
 HISTOGRAM_BINS = 40
+# Of more labels than these tables, plots and lines of metrics show what matters most; the manifest has all of them.
+SHOWN_LABELS = 20
 
 Table = tuple[str, list[tuple[str, str]]]
 
@@ -82,7 +84,7 @@ class _Pairs(NamedTuple):
 
 def _judge_comparisons(kind: str, rows: ComparisonRows, scores: np.ndarray, settings: ComparisonConfig) -> Judgement:
     """scores (S,)."""
-    pairs, lengths = _all_pairs(rows), answer_lengths(rows)
+    pairs, lengths = _all_pairs(rows), rows.lengths - rows.common_starts[rows.owners]  # of the answers
     differences = scores[pairs.better] - scores[pairs.worse]
     per_row = lambda values: np.bincount(pairs.group, pairs.weights * values, minlength=len(rows))
     right = per_row(right_shares(differences))
@@ -93,7 +95,7 @@ def _judge_comparisons(kind: str, rows: ComparisonRows, scores: np.ndarray, sett
         "accuracy": float(right.mean()),
         "accuracy_stderr": accuracy_stderr(right),
         "margin": float(per_row(differences).mean()),
-        "mean_reward": float(scores.mean()),
+        "mean_reward": float((np.add.reduceat(scores, rows.groups[:-1]) / rows.counts).mean()),
         "chosen_mean": float(scores[best].mean()),
         "chosen_std": float(scores[best].std()),
         "rejected_mean": float(scores[worst].mean()),
@@ -114,30 +116,16 @@ def _judge_comparisons(kind: str, rows: ComparisonRows, scores: np.ndarray, sett
 
 
 def _all_pairs(rows: ComparisonRows) -> _Pairs:
-    better: list[int] = []
-    worse: list[int] = []
-    groups: list[int] = []
-    weights: list[float] = []
-    for group in range(len(rows)):
-        sequences = rows.sequences(group)
-        found = [(a, b) for a in sequences for b in sequences if rows.ranks[a] < rows.ranks[b]]
-        better += [a for a, _ in found]
-        worse += [b for _, b in found]
-        groups += [group] * len(found)
-        weights += [1 / len(found)] * len(found)
-    return _Pairs(np.array(better), np.array(worse), np.array(groups), np.array(weights))
+    found = ranked_pairs(torch.from_numpy(np.array(rows.ranks)), torch.from_numpy(rows.owners))
+    better = found.better.numpy()
+    return _Pairs(better, found.worse.numpy(), rows.owners[better], found.weights.numpy())
 
 
 def _sides(rows: ComparisonRows) -> tuple[np.ndarray, np.ndarray]:
     """(sequences of the best rank of their row, those of the worst)."""
-    best: list[int] = []
-    worst: list[int] = []
-    for group in range(len(rows)):
-        sequences = list(rows.sequences(group))
-        ranks = rows.ranks[sequences]
-        best += [s for s, rank in zip(sequences, ranks, strict=True) if rank == ranks.min()]
-        worst += [s for s, rank in zip(sequences, ranks, strict=True) if rank == ranks.max()]
-    return np.array(best), np.array(worst)
+    ends = (extreme.reduceat(rows.ranks, rows.groups[:-1])[rows.owners] for extreme in (np.minimum, np.maximum))
+    best, worst = (np.flatnonzero(rows.ranks == rank) for rank in ends)
+    return best, worst
 
 
 def _comparison_loss(kind: str, rows: ComparisonRows, scores: np.ndarray, settings: ComparisonConfig) -> float:
@@ -147,27 +135,9 @@ def _comparison_loss(kind: str, rows: ComparisonRows, scores: np.ndarray, settin
         margins = torch.from_numpy(np.array(rows.margins))
         loss, _ = pairwise_reward_loss(flat[0::2], flat[1::2], margins, settings.center_coef)
     else:
-        prompts = torch.from_numpy(np.repeat(np.arange(len(rows)), rows.counts))
-        loss, _ = kwise_reward_loss(flat, torch.from_numpy(np.array(rows.ranks)), prompts, settings.center_coef)
+        ranks, prompts = torch.from_numpy(np.array(rows.ranks)), torch.from_numpy(rows.owners)
+        loss, _ = kwise_reward_loss(flat, ranks, prompts, settings.center_coef)
     return float(loss)
-
-
-def answer_lengths(rows: ComparisonRows) -> np.ndarray:
-    """(S,) tokens behind what all sequences of a row begin with, which is their prompt."""
-    lengths = np.array(rows.lengths)
-    for group in range(len(rows)):
-        sequences = list(rows.sequences(group))
-        lengths[sequences] -= common_start([rows.ids(s) for s in sequences])
-    return lengths
-
-
-def common_start(texts: list[np.ndarray]) -> int:
-    """How many leading tokens all texts share; of one text, none."""
-    if len(texts) == 1:
-        return 0
-    shortest = min(map(len, texts))
-    same = np.all([t[:shortest] == texts[0][:shortest] for t in texts], axis=0)
-    return shortest if same.all() else int(same.argmin())
 
 
 def _scores_of(kind: str, rows: ComparisonRows, group: int, scores: np.ndarray) -> dict[str, Any]:
@@ -185,7 +155,7 @@ def _worst_pairs(
     found = []
     for p in np.argsort(differences, kind="stable")[:count]:
         a, b = rows.ids(int(pairs.better[p])), rows.ids(int(pairs.worse[p]))
-        start = common_start([a, b])
+        start = int(rows.common_starts[pairs.group[p]])
         found.append(
             {
                 "row": int(rows.row_numbers[pairs.group[p]]) + 1, "margin": float(differences[p]),
@@ -215,7 +185,7 @@ def _judge_labels(
         name: {measure: measured(torch.from_numpy(logits), number, measure).numpy() for measure in MEASURES}
         for number, name in enumerate(labels)
     }
-    own = lambda measure: np.array([by_label[labels[y]][measure][i] for i, y in enumerate(truth)])
+    own = lambda measure: np.stack([by_label[name][measure] for name in labels])[truth, np.arange(len(truth))]
     probability = own("probability")  # of each row's own label
     figures = {
         "loss": float(loss),
@@ -226,14 +196,16 @@ def _judge_labels(
         "ece": expected_calibration_error(bins),
     }
     lengths = np.array(rows.lengths)
-    for name, found in list(by_label.items())[: None if len(labels) > 2 else 1]:  # of two, one mirrors the other
-        figures[f"length_correlation_{name}"] = correlation(found["margin"], lengths)
+    told = labels if len(labels) <= SHOWN_LABELS else ()
+    for name in told[: None if len(labels) > 2 else 1]:  # of two, one mirrors the other
+        figures[f"length_correlation_{name}"] = correlation(by_label[name]["margin"], lengths)
     moments = {
         name: {measure: {"mean": float(v.mean()), "std": float(v.std())} for measure, v in found.items()}
         for name, found in by_label.items()
     }
     reward = {"mean": None, "std": None, "type": "labels", "labels": list(labels), "by_label": moments}
-    histogram = _histogram({name: probability[truth == i] for i, name in enumerate(labels)}, (0.0, 1.0))
+    sides = {name: probability[truth == i] for i, name in enumerate(told)} or {"all labels": probability}
+    histogram = _histogram(sides, (0.0, 1.0))
     lines = [
         {"row": int(rows.row_numbers[i]) + 1, "label": labels[y], "logits": logits[i].tolist()}
         for i, y in enumerate(truth)
@@ -250,11 +222,15 @@ def _judge_labels(
 
 
 def _confusion_table(labels: tuple[str, ...], truth: np.ndarray, predicted: np.ndarray) -> Table:
+    wrong = np.bincount(truth[predicted != truth], minlength=len(labels))
     rows = []
-    for i, name in enumerate(labels):
+    for i in sorted(np.argsort(-wrong, kind="stable")[:SHOWN_LABELS]):
         taken = np.bincount(predicted[truth == i], minlength=len(labels))
-        told = ", ".join(f"{n} as {labels[j]}" for j, n in enumerate(taken) if n)
-        rows.append((name, f"{taken[i]} of {taken.sum()} right ({told})" if taken.sum() else "no row"))
+        often = [j for j in np.argsort(-taken, kind="stable")[:SHOWN_LABELS] if taken[j]]
+        told = ", ".join(f"{taken[j]} as {labels[j]}" for j in sorted(often))
+        rows.append((labels[i], f"{taken[i]} of {taken.sum()} right ({told})" if taken.sum() else "no row"))
+    if len(labels) > SHOWN_LABELS:
+        rows.append(("...", f"{len(labels) - SHOWN_LABELS} further labels with fewer mistakes"))
     return "labels of the evaluation rows", rows
 
 
@@ -269,7 +245,6 @@ def _histogram(sides: dict[str, np.ndarray], limits: tuple[float, float] | None 
 
 def _reliability_table(bins: list[Bin]) -> Table:
     rows = [
-        (f"{b.low:.2f} - {b.high:.2f}", f"said {b.mean_confidence:.3f}, right {b.accuracy:.3f} ({b.num})")
-        for b in bins
+        (f"{b.low:.2f} - {b.high:.2f}", f"said {b.mean_confidence:.3f}, right {b.accuracy:.3f} ({b.num})") for b in bins
     ]
     return "confidence and how often it was right", rows

@@ -33,28 +33,22 @@ class LanguageModelObjective:
     def __init__(self, config: SftConfig, data: Prepared, text: Text, run: Run):
         self.config, self.text, self.run = config, text, run
         self.rows, self.eval_rows = data.train, data.eval
-        self.per_epoch = plan.epoch_rows(len(data.train), data.train.repeats)
         settings = config.train
+        self.course = plan.Course(len(data.train), data.train.repeats, settings.global_batch_size, settings.seed)
         self.total_steps = plan.num_steps(
-            self.per_epoch, settings.global_batch_size, settings.epochs, settings.max_steps
+            self.course.per_epoch, settings.global_batch_size, settings.epochs, settings.max_steps
         )
         self.flatten = config.data.packing and config.model.attn_implementation.startswith("flash")
         self.prompts = self._prompts()
         self._eval_targets = 0 if data.eval is None else data.eval.num_trained(range(len(data.eval)))
-        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
     def epoch(self, step: int) -> float:
         """Passes over the data after `step` steps."""
-        return step / plan.steps_per_epoch(self.per_epoch, self.config.train.global_batch_size)
+        return self.course.epoch(step)
 
     def step_data(self, step: int) -> StepData[plan.MicroBatch]:
         """The global batch of a step; this rank's part of it as micro-batches of row numbers."""
-        settings = self.config.train
-        position = plan.locate(step, self.per_epoch, settings.global_batch_size)
-        if self._order[0] != position.epoch:
-            order = plan.epoch_order(len(self.rows), self.rows.repeats, settings.seed, position.epoch)
-            self._order = position.epoch, order
-        rows = self._order[1][position.rows]
+        rows = self.course.rows(step)
         micro_batches = self._spread(self.rows, rows, self.config.data.packing)
         return StepData(
             micro_batches, float(self.rows.num_trained(rows)), int(self.rows.lengths[rows].sum()), len(rows)
@@ -99,10 +93,7 @@ class LanguageModelObjective:
     def _eval_loss(self, engine: Engine, source: TokenRows) -> float:
         engine.eval()
         total = torch.zeros((), device=self.run.ranks.device, dtype=torch.float64)
-        # Enough rows at a time that sorting them by length saves padding.
-        window = self.config.train.micro_batch_size * self.run.ranks.world_size * 16
-        for start in range(0, len(source), window):
-            rows = np.arange(start, min(start + window, len(source)))
+        for rows in plan.windows(len(source), self.config.train.micro_batch_size, self.run.ranks.world_size):
             for micro_batch in self._spread(source, rows, self.config.data.packing):
                 total += self._loss(engine, source, micro_batch).double()
         engine.train()

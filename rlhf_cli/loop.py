@@ -20,6 +20,7 @@ from rlhf_cli.ops.schedule import learning_rate
 from rlhf_cli.runtime.distributed import Ranks, sum_over_ranks
 from rlhf_cli.runtime.engine import Engine
 from rlhf_cli.runtime.metrics import MetricsLog
+from rlhf_cli.runtime.peak_memory import peak_memory_gb
 from rlhf_cli.runtime.progress import Display
 from rlhf_cli.runtime.stop import StopWatch
 from rlhf_cli.schema import OptimConfig, TrainConfig
@@ -294,12 +295,3 @@ def _show(state: LoopState, line: dict[str, Any], window: _Window, trackers: Tra
         trackers.display.step(state.step, {"loss": f"{line['loss']:.4f}", "tokens/s": f"{speed:,.0f}"})
     if trackers.log is not None and "perf/tokens_per_s" in line:
         trackers.log.write(line | {"seconds": round(state.seconds, 3)})
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Most memory this rank ever held: allocated on its GPU, or resident on CPU. In GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

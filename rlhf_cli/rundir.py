@@ -30,6 +30,14 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     return manifest
 
 
+def run_of(place: Path) -> Path | None:
+    """The run directory that `place` is, or is the model of; None for a directory that no run made."""
+    if read_manifest(place):
+        return place
+    output = read_manifest(place.parent).get("output") or {}
+    return place.parent if output.get("path") == place.name else None
+
+
 def update_manifest(run_dir: Path, **changes: Any) -> dict[str, Any]:
     """Change some entries of the manifest; a `status` that ends the run sets `finished`."""
     manifest = read_manifest(run_dir) | changes

@@ -1,10 +1,13 @@
 """A supervised training from its data to its model: what sft and rm (and later raft) do alike.
 
-train_to_end reads top to bottom: model, engine, resume, loop, best weights, save, curves, manifest.
+train_to_end reads top to bottom: model, engine, resume, loop, best weights, save, curves, manifest. dry_run says what
+it would do.
 """
 
 from __future__ import annotations
 
+import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,16 +16,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_cli.assemble import WEIGHTS, Task, Text, build_model, make_or_resume, redraw_lisa, whole_weights, write_model
+from rlhf_cli.assemble import (
+    WEIGHTS,
+    Prepare,
+    PreparedT,
+    Task,
+    Text,
+    build_model,
+    check_length,
+    load_text,
+    make_or_resume,
+    model_config,
+    redraw_lisa,
+    whole_weights,
+    write_model,
+)
+from rlhf_cli.estimate import plan_run
 from rlhf_cli.loop import Conclusion, Hooks, LoopState, Objective, Trackers, Work, train
 from rlhf_cli.models.load import resolve_dtype
 from rlhf_cli.models.lora import plain_model
+from rlhf_cli.models.tokenizer import tokenizer_digest
 from rlhf_cli.models.trainable import ParameterCount, count_parameters
 from rlhf_cli.run import Checkpoints, Run, close_run, load_best, prune_best, save_best
 from rlhf_cli.runtime.engine import Engine, gathered_state_dict
 from rlhf_cli.runtime.flops import flops_per_token, measured_peak_flops
 from rlhf_cli.runtime.metrics import MetricsLog, read_metrics
 from rlhf_cli.runtime.plots import plot_training
+from rlhf_cli.runtime.progress import Display
 from rlhf_cli.schema import TrainedConfig, to_dict
 
 SHOWN = ("loss", "accuracy", "perf/tokens_per_s", "perf/samples_per_s", "perf/peak_memory_gb", "perf/mfu")
@@ -64,6 +84,21 @@ def train_to_end(
     if ending == "early_stopped":
         run.say(f"stopped early after step {state.step}; the best evaluation was after step {state.best_step}")
     return finish(config, engine, text, task, objective, state, run)
+
+
+def dry_run(
+    config: TrainedConfig, world_size: int, prepare: Prepare[PreparedT], task_of: Callable[[PreparedT], Task]
+) -> None:
+    """Open data and model for a job of `world_size` ranks and print what it would do. Weights are not loaded."""
+    with tempfile.TemporaryDirectory() as scratch:
+        text = load_text(config, Path(scratch), None)
+    data = prepare(config.data, text.tokenizer, tokenizer_digest(text.tokenizer), text.template, print)
+    architecture = model_config(config, text, task_of(data))
+    check_length(architecture, config.data.max_length)
+    # Several ranks are several GPUs, also when they are planned on a machine without.
+    planned = plan_run(config, data, architecture, world_size, for_gpu=torch.cuda.is_available() or world_size > 1)
+    title = f"rlhf {config.stage} --dry-run: nothing was started"
+    Display(sys.stdout, "none", config.stage).table(title, planned.rows)
 
 
 def open_trackers(config: TrainedConfig, model: nn.Module, dtype: torch.dtype, run: Run, step: int) -> Trackers:

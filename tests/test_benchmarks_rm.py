@@ -60,8 +60,8 @@ def test_pairs_are_ragged_and_in_the_order_of_our_run(scripts: Any, tmp_path: Pa
         [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
         for name in ("pairs.jsonl", "in_order.jsonl")
     )
-    batches = plan.iterate_steps(0, 5, 60, np.ones(60, np.int64), 12, seed=3)
-    assert in_order == [written[row] for step in batches for row in step.rows]
+    course = plan.Course(60, np.ones(60, np.int64), 12, seed=3)
+    assert in_order == [written[row] for step in range(5) for row in course.rows(step)]
     lengths = lengths_of(tmp_path)
     assert json.loads((tmp_path / "tokens.json").read_text()) == lengths.sum()
     assert lengths.max() <= 64

@@ -77,8 +77,8 @@ def test_documents_are_ragged_and_in_the_order_of_our_run(scripts: Any, tmp_path
         [json.loads(line)["text"] for line in (tmp_path / name).read_text().splitlines()]
         for name in ("documents.jsonl", "in_order.jsonl")
     )
-    batches = plan.iterate_steps(0, 5, 40, None, 8, seed=3)
-    assert in_order == [documents[row] for step in batches for row in step.rows]
+    course = plan.Course(40, None, 8, seed=3)
+    assert in_order == [documents[row] for step in range(5) for row in course.rows(step)]
     tokenizer = load_tokenizer(tmp_path / "model")
     lengths = np.array([len(tokenizer(text).input_ids) + 1 for text in documents])
     assert json.loads((tmp_path / "tokens.json").read_text()) == lengths.sum()

@@ -507,3 +507,28 @@ def test_a_chat_template_that_refuses_is_a_bad_row(run: Run, tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"a\.jsonl:2: refused by the chat template"):
         run(path, template)
     assert run(path, template, on_bad_row="skip").info[0]["dropped"] == {"refused by the chat template": 1}
+
+
+def test_half_a_character_names_the_row_or_is_counted(run: Run, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", pairs(("good", "bad"), ("a cut \ud83d", "bad")))
+    with pytest.raises(DataError, match=r"a\.jsonl:2: half a character: 'a cut \\ud83d' is no valid Unicode"):
+        run(path)
+    assert run(path, on_bad_row="skip").info[0]["dropped"] == {"half a character": 1}
+    path = write(tmp_path / "b.jsonl", labelled(("x", "sad"), ("y", "happy"), ("z", "s\udc00")))
+    assert run(path, on_bad_row="skip").info[0]["dropped"] == {"half a character in the label": 1}
+    path = write(tmp_path / "c.jsonl", [{"text": "fine"}, {"text": "cut \ud83d"}])
+    data = DataConfig(path=str(path), cache_dir=str(tmp_path / "cache"), on_bad_row="skip")
+    found = prepare(data, TOKENIZER, "t", TEMPLATES["none"], lambda line: None)
+    assert found.info[0]["dropped"] == {"half a character": 1}
+
+
+def test_hundreds_of_labels_are_not_hundreds_of_lines(run: Run, tmp_path: Path) -> None:
+    rows = labelled(*((f"t{i}", i % 30) for i in range(90)))
+    evaluation = write(tmp_path / "e.jsonl", labelled(("t", 29), ("t", 77)))
+    lines: list[str] = []
+    run(write(tmp_path / "a.jsonl", rows), eval_path=str(evaluation), report=lines.append)
+    assert [line for line in lines if line.startswith(("data: label", "data: and"))] == [
+        *(f"data: label {i}: 3 rows to train on, 0 to evaluate on" for i in range(20)),
+        "data: label 77: 0 rows to train on, 1 to evaluate on; it cannot be learnt",
+        "data: and 10 further labels",
+    ]

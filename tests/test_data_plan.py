@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_cli.data.plan import (
+    Course,
     StepPlan,
     best_fit_decreasing,
     epoch_order,
     epoch_rows,
-    iterate_steps,
     locate,
     num_steps,
     plan_step,
@@ -68,14 +68,16 @@ def test_locate_by_hand() -> None:
 @settings(max_examples=60, deadline=None)
 def test_an_epoch_sees_every_row_once_and_resume_needs_the_step_only(rows: int, batch: int, seed: int) -> None:
     per_epoch = num_steps(rows, batch, 1, None)
-    steps = list(iterate_steps(0, 2 * per_epoch, rows, None, batch, seed))
+    course = Course(rows, None, batch, seed)
+    steps = [course.rows(step).tolist() for step in range(2 * per_epoch)]
     for epoch in (0, 1):
-        seen = [int(r) for step in steps if step.epoch == epoch for r in step.rows]
+        seen = [row for step in steps[epoch * per_epoch : (epoch + 1) * per_epoch] for row in step]
         assert sorted(seen) == list(range(rows))
         assert seen == epoch_order(rows, None, seed, epoch).tolist()
+        assert course.epoch(epoch * per_epoch) == epoch
     for start in (1, per_epoch):
-        resumed = list(iterate_steps(start, 2 * per_epoch, rows, None, batch, seed))
-        assert [(r.step, r.rows.tolist()) for r in resumed] == [(r.step, r.rows.tolist()) for r in steps[start:]]
+        resumed = Course(rows, None, batch, seed)
+        assert [resumed.rows(step).tolist() for step in range(start, 2 * per_epoch)] == steps[start:]
 
 
 def flat(plan: StepPlan) -> list[int]:

@@ -39,11 +39,10 @@ ALLOWED = {
     "loop": BOTH | {"ops", "runtime"},
     "run": BOTH | {"runtime", "loop"},
     "assemble": TRAINING,
-    "training": TRAINING | {"assemble"},
+    "training": TRAINING | {"assemble", "estimate"},
     "lm_objective": TRAINING | {"assemble"},
     "comparison_objective": TRAINING | {"assemble", "judgement"},
-    "stages": TRAINING
-    | {"assemble", "training", "lm_objective", "comparison_objective", "judgement", "estimate", "reward"},
+    "stages": TRAINING | {"assemble", "training", "lm_objective", "comparison_objective", "reward"},
     "worker": BOTH | {"stages", "runtime"},
 }
 FRONT = BOTH | {"config", "launch", "job", "sweep", "help", "cli", "api", "__main__", "__init__"}

@@ -24,7 +24,7 @@ from rlhf_cli.errors import ModelError, RunFailed
 from rlhf_cli.files import digest_tree, write_json
 from rlhf_cli.models import merge as merge_module
 from rlhf_cli.models.merge_plan import Target
-from rlhf_cli.models.merge_verify import Verification
+from rlhf_cli.models.merge_verify import Verification, available_memory
 from rlhf_cli.models.tokenizer import load_tokenizer
 from rlhf_cli.rundir import read_manifest
 from rlhf_cli.runtime.process import RankProcess
@@ -184,7 +184,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
 ) -> None:
     adapter_run(tmp_path / "lora", base_run)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))  # type: ignore[attr-defined]
-    with pytest.raises(RunFailed, match="no room for the merged model"):
+    with pytest.raises(RunFailed, match=r"no room for the merged model in .*: needs \d+\.\d+ MB, free are 0\.00 MB;"):
         run("merged", adapter=str(tmp_path / "lora"))
     assert not list((tmp_path / "merged").glob("*model*"))
 
@@ -285,3 +285,19 @@ def test_only_the_adapters_tensors_differ_from_the_base(
 def test_the_stage_needs_no_deepspeed() -> None:
     program = "import sys, rlhf_cli.stages.merge_lora; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_memory_ends_at_the_limit_of_a_container(tmp_path: Path) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    5000 kB\n")
+    assert available_memory(proc, groups) == 5000 * 1024  # no control groups at all
+    (groups / "job" / "step").mkdir(parents=True)
+    (proc / "self" / "cgroup").write_text("4:memory:/old\n0::/job/step\n")
+    (groups / "job" / "step" / "memory.max").write_text("max\n")
+    assert available_memory(proc, groups) == 5000 * 1024
+    # the job may have 3,000,000 bytes and holds 2,000,000, of which 500,000 are files that can go
+    (groups / "job" / "memory.max").write_text("3000000\n")
+    (groups / "job" / "memory.current").write_text("2000000\n")
+    (groups / "job" / "memory.stat").write_text("anon 1500000\ninactive_file 500000\n")
+    assert available_memory(proc, groups) == 1_500_000

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_cli import api
 from rlhf_cli.config.compose import compose_stage
 from rlhf_cli.config.freeze import freeze, standing
 from rlhf_cli.errors import ConfigError
@@ -76,3 +77,28 @@ def test_columns_that_are_new_are_named_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         standing(tmp_path, after, "auto")
     assert str(error.value).splitlines()[1:] == ["  - data.columns.prompt: was None in this run, now 'Frage'"]
+
+
+def test_one_mapping_where_a_list_of_them_belongs() -> None:
+    (problem,) = compose_stage("score", ["data.path=a.jsonl", "reward.sources={path: runs/rm}"]).problems
+    assert str(problem) == (
+        "reward.sources: got one mapping; allowed: a list of them, in brackets: reward.sources=[{path: runs/rm}]"
+    )
+
+
+def test_a_label_may_be_a_number_without_quotes() -> None:
+    composed = compose_stage("score", ["data.path=a.jsonl", "reward.sources=[{type: classifier, path: m, label: 0}]"])
+    assert not composed.problems
+    assert composed.config is not None
+    assert composed.config.reward.sources[0].label == 0
+
+
+def test_from_python_a_wrong_stage_is_told_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no stage 'merge_lora'; stages: sft, rm, merge-lora, score"):
+        api.compose("merge_lora", [])
+    config = api.compose(
+        "score", ["data.path=a.jsonl", "reward.sources=[{type: rouge}]", f"run_dir={tmp_path / 'run'}"]
+    )
+    with pytest.raises(ConfigError, match=r"`rlhf rm` takes a RmConfig, .*; got ScoreConfig"):
+        api.rm(config)
+    assert not (tmp_path / "run").exists()

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -15,11 +16,11 @@ from transformers import AutoModelForSequenceClassification
 from rlhf_cli.data.rows import DialogueRow, Message
 from rlhf_cli.data.templates import TEMPLATES
 from rlhf_cli.data.tokenize import encode_rows, make_encoder, row_segments
-from rlhf_cli.errors import DataError, ModelError
+from rlhf_cli.errors import ConfigError, DataError, ModelError
 from rlhf_cli.models.load import grow_embeddings
+from rlhf_cli.ops.label_measures import measured
 from rlhf_cli.reward import open_reward
 from rlhf_cli.reward.combine import open_rewards
-from rlhf_cli.ops.label_measures import measured
 from rlhf_cli.reward.model import length_batches
 from rlhf_cli.reward.source import ScoredText
 from rlhf_cli.schema import RewardConfig, RewardSourceConfig
@@ -357,3 +358,36 @@ def test_low_precision_comes_close(tmp_path: Path, dtype: str) -> None:
     low = open_reward(tmp_path / "rm", dtype=dtype).score(None, RESPONSES)
     assert low == pytest.approx(exact, abs=0.05)
     assert low != exact
+
+
+def test_what_is_given_from_python_is_checked(tmp_path: Path) -> None:
+    write_decoder(tmp_path / "mood", labels=["sad", "happy"])
+    with pytest.raises(ConfigError, match=r"sources\[0\]\.lable: is not an option; did you mean label\?"):
+        open_reward(tmp_path / "mood", lable="happy")
+    with pytest.raises(ConfigError, match="measure: got 'prob'; allowed: one of log_prob, probability, margin"):
+        open_reward(tmp_path / "mood", label="happy", measure="prob")
+    reward = open_reward(tmp_path / "mood", label=1)
+    assert reward.score(None, ["a floor"]) == open_reward(tmp_path / "mood", label="happy").score(None, ["a floor"])
+    with pytest.raises(ModelError, match="has no label '²'; choose one of: 0 sad, 1 happy"):
+        open_reward(tmp_path / "mood", label="²")
+    ask = lambda role: reward.score([[{"role": role, "content": "Why?"}]], ["So."])
+    assert ask("human") == ask("user")
+    for prompts, responses, told in [
+        (None, "a floor", "responses is one text, where a list of texts belongs"),
+        ("Why", ["a"] * 3, "prompts is one text, where a list of texts belongs"),
+        (["Why?"], [None], r"responses\[0\] is no text: None"),
+        ([[{"role": "alien", "content": "Why?"}]], ["So."], r"prompts\[0\] is neither .* roles user, human, assistant"),
+        (["Why \ud83d?"], ["So."], r"half a character .* in sample 0, which starts 'Why \\ud83d\?'"),
+    ]:
+        with pytest.raises(DataError, match=told):
+            reward.score(prompts, responses)
+    assert reward.score(np.array(["a", "b"]), np.array(["c", "d"])) == reward.score(["a", "b"], ["c", "d"])
+
+
+def test_the_model_directory_of_a_run_is_that_run(tmp_path: Path) -> None:
+    jinja = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    write_decoder(tmp_path / "rm" / "model", jinja=jinja)  # of its base; the run was trained without
+    write_run(tmp_path / "rm", template="none", reward={"mean": 1.0, "std": 2.0})
+    of_run = open_reward(tmp_path / "rm", normalize=True).score(PROMPTS, RESPONSES)
+    assert open_reward(tmp_path / "rm" / "model", normalize=True).score(PROMPTS, RESPONSES) == of_run
+    assert open_reward(tmp_path / "rm", template="tokenizer", normalize=True).score(PROMPTS, RESPONSES) != of_run

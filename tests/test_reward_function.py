@@ -83,6 +83,7 @@ def test_files_beside_it_can_be_imported_and_a_dotted_name_too(tmp_path: Path) -
         ("['1', 2, 3]", "gave '1', no finite number, for sample 0"),
         ("[float('inf'), 2, 3]", "gave inf"),
         ("[[1], 2, 3]", r"gave \[1\], no finite number"),
+        ("[10**400, 2, 3]", "gave 10000"),
     ],
 )
 def test_wrong_answers_name_the_sample(tmp_path: Path, answer: str, message: str) -> None:
@@ -94,6 +95,24 @@ def test_an_exception_in_it_is_one_line_with_its_place(tmp_path: Path) -> None:
     message = said(tmp_path, code)
     assert "\n" not in message
     assert re.search(r"'mine' .* raised JSONDecodeError: .* \(in .*mine\.py:4\)$", message)
+
+
+def test_leaving_python_is_a_mistake_like_another(tmp_path: Path) -> None:
+    assert re.search(
+        r"raised SystemExit: 0 \(in .*mine\.py:3\)", said(tmp_path, "import sys\ndef f(p, r):\n    sys.exit(0)\n")
+    )
+    assert "cannot be imported: SystemExit: 0" in said(tmp_path, "raise SystemExit(0)\n", ConfigError)
+
+
+def test_a_file_may_hold_dataclasses_and_be_called_as_a_module_of_the_library(tmp_path: Path) -> None:
+    code = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
+    assert scores(tmp_path, code + "def f(p, r): return [A(1).x] * len(r)\n") == [1, 1, 1]
+    import json
+
+    (tmp_path / "json.py").write_text("def f(p, r): return [2] * len(r)\n")
+    config = RewardSourceConfig(type="function", path=str(tmp_path / "json.py"), function="f")
+    assert open_function(config, "mine", "k").score(TEXTS, no_progress) == [2, 2, 2]
+    assert sys.modules["json"] is json
 
 
 def test_a_column_that_the_data_lacks(tmp_path: Path) -> None:

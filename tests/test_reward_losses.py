@@ -68,7 +68,7 @@ def test_empty_batches_reach_their_inputs() -> None:
     kwise, ranked = kwise_reward_loss(scores[1:], torch.zeros(0), torch.zeros(0, dtype=torch.int64))
     assert (kwise.item(), ranked.num) == (0, 0)
     lone, ranked = kwise_reward_loss(scores, torch.zeros(1), torch.zeros(1, dtype=torch.int64))
-    assert (lone.item(), ranked.num, ranked.mean_reward.item()) == (0, 0, 1)
+    assert (lone.item(), ranked.num, ranked.mean_reward.item()) == (0, 0, 0)
     logits = torch.zeros(1, 3, requires_grad=True)
     labelled, told = classification_loss(logits[1:], torch.zeros(0, dtype=torch.int64), torch.ones(3))
     assert (labelled.item(), told.num, told.weight.item()) == (0, 0, 0)
@@ -90,7 +90,7 @@ def test_kwise_by_hand() -> None:
     assert stats.num == 2
     assert stats.accuracy.item() == 0.5  # 1 for prompt 7, 0 for prompt 5
     assert stats.margin.item() == -1  # (1 - 3) / 2
-    assert stats.mean_reward.item() == pytest.approx(23 / 7)
+    assert stats.mean_reward.item() == pytest.approx((4 / 3 + 3 / 2) / 2)  # (2 + 1 + 1) / 3 and (0 + 3) / 2
     # the centring term of a pair: prompt 7 has (2 + 1)² twice, prompt 5 (0 + 3)²
     centred, _ = kwise_reward_loss(scores, ranks, prompts, center_coef=0.01)
     assert (centred - loss).item() == pytest.approx(0.01 * (9 + 9) / 2)
@@ -98,8 +98,8 @@ def test_kwise_by_hand() -> None:
 
 def brute_force(
     rows: list[tuple[int, int, float]], center_coef: float
-) -> tuple[float, float, float, int]:  # loss, accuracy, margin, prompts
-    losses, accuracies, margins = [], [], []
+) -> tuple[float, float, float, float, int]:  # loss, accuracy, margin, mean reward, prompts
+    losses, accuracies, margins, rewards = [], [], [], []
     for prompt in {p for p, _, _ in rows}:
         mine = [(rank, score) for p, rank, score in rows if p == prompt]
         pairs = [(a, b) for rank, a in mine for other, b in mine if rank < other]
@@ -108,8 +108,9 @@ def brute_force(
             losses.append(sum(each) / len(pairs))
             accuracies.append(sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs) / len(pairs))
             margins.append(sum(a - b for a, b in pairs) / len(pairs))
+            rewards.append(sum(score for _, score in mine) / len(mine))
     n = max(1, len(losses))
-    return sum(losses) / n, sum(accuracies) / n, sum(margins) / n, len(losses)
+    return sum(losses) / n, sum(accuracies) / n, sum(margins) / n, sum(rewards) / n, len(losses)
 
 
 @given(RANKINGS, st.sampled_from([0.0, 0.01]))
@@ -118,7 +119,7 @@ def test_kwise_against_brute_force(rows: list[tuple[int, int, float]], center_co
     prompts = torch.tensor([p for p, _, _ in rows], dtype=torch.int64)
     ranks = torch.tensor([r for _, r, _ in rows], dtype=torch.float64)
     loss, stats = kwise_reward_loss(doubles(*(s for _, _, s in rows)), ranks, prompts, center_coef)
-    told = (loss.item(), stats.accuracy.item(), stats.margin.item(), stats.num)
+    told = (loss.item(), stats.accuracy.item(), stats.margin.item(), stats.mean_reward.item(), stats.num)
     assert told == pytest.approx(brute_force(rows, center_coef))
 
 

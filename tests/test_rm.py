@@ -316,6 +316,14 @@ def test_without_evaluation_data_the_moments_come_from_training_rows(
     assert "eval_accuracy" not in manifest["metrics"]
 
 
+def test_scores_that_are_no_numbers_end_the_run(run_on_ranks: Runner, pairs: Path, tmp_path: Path) -> None:
+    """The loss of the only step is still one, those of the evaluation after it are not."""
+    options = {"optim__lr": 1e30, "optim__schedule": "constant", "optim__warmup_ratio": 0, "optim__min_warmup_steps": 0}
+    overrides = rm_words(pairs, train__max_steps=1, model__arch__type="gpt2", **options)
+    with pytest.raises(AssertionError, match=r"160 of 160 scores are no numbers, the first in row 241\b"):
+        run_on_ranks(1, RUN, run_dir=str(tmp_path / "run"), overrides=overrides)
+
+
 def test_with_early_stopping_model_and_figures_are_those_of_the_best_step(run_on_ranks: Runner, tmp_path: Path) -> None:
     """Labels drawn at random: what is learnt by heart makes the evaluation worse."""
     pairs = write_pairs(tmp_path / "pairs.jsonl", rows=160, flipped=1.0)

@@ -85,6 +85,11 @@ def test_what_of_a_row_is_scored() -> None:
             {"prompt": "p", "response": "four", "id": 1, "score": 9, "source": "web"},
             {"prompt": "p", "response": "four", "score": 4.0, "id": 1, "data_score": 9, "data_source": "web"},
         ),
+        (
+            {"text": "so", "scores": [7], "chosen_score": 8, "by_source": {"a": 9}, "data_score": 1, "score": 2},
+            {"text": "so", "score": 2.0, "data_scores": [7], "data_chosen_score": 8, "data_by_source": {"a": 9},
+             "data_score": 1, "data_data_score": 2},
+        ),
         ({"text": "žluť 床"}, {"text": "žluť 床", "score": 6.0}),
         ({"text": "lone \ud800"}, {"text": "lone \ud800", "score": 6.0}),
         ({"text": "so", "label": "sad"}, {"text": "so", "label": "sad", "score": 2.0}),

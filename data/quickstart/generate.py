@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 SEED = 20260101
+HELD_OUT_PROMPTS = 120
+HELD_OUT_PAIRS = 162  # the last 15 % of the pairs, which conf/recipe/rm/quickstart.yaml evaluates on
 NUMBERS = [
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
     "thirteen", "fourteen", "fifteen", "sixteen",
@@ -121,13 +123,14 @@ def dialogue(question: Question, opener: str, response: str) -> str:
 
 
 def generate() -> dict[str, list[dict[str, str]]]:
-    """The files: sft (imperfect answers, as people write them), pairs, and prompts that neither of them holds."""
+    """The files: sft (imperfect answers, as people write them), pairs, of which sft has not seen the last ones, and
+    prompts that neither of them holds."""
     draw = random.Random(SEED)
     asked = [(q, o) for q in questions() for o in sorted(set(OPENERS))]
     draw.shuffle(asked)
-    held_out, rest = asked[:120], asked[120:]
+    held_out, rest = asked[:HELD_OUT_PROMPTS], asked[HELD_OUT_PROMPTS:]
     sft = []
-    for question, opener in rest:
+    for question, opener in rest[:-HELD_OUT_PAIRS]:
         # A third of the demonstrations are poor, so that there is something left for the reward to improve.
         bad = draw.random() < 0.33
         response = bad_response(question, opener, draw) if bad else good_response(question, opener)
@@ -136,7 +139,9 @@ def generate() -> dict[str, list[dict[str, str]]]:
     for question, opener in rest:
         chosen, rejected = good_response(question, opener), bad_response(question, opener, draw)
         pairs.append({"chosen": dialogue(question, opener, chosen), "rejected": dialogue(question, opener, rejected)})
-    draw.shuffle(pairs)
+    shown = pairs[:-HELD_OUT_PAIRS]
+    draw.shuffle(shown)
+    pairs[:-HELD_OUT_PAIRS] = shown
     prompts = [{"prompt": f"{o}{q.text}"} for q, o in rest]
     held = [{"prompt": f"{o}{q.text}"} for q, o in held_out]
     return {"sft": sft, "pairs": pairs, "prompts": prompts, "prompts_held_out": held}

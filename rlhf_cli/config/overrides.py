@@ -63,6 +63,8 @@ def parse_overrides(stage: StageInfo, words: list[str]) -> tuple[Overrides, list
             if wrong:
                 problems.append(Problem(key, wrong))
             parsed.choices[key] = raw_value
+        elif hint.startswith("list[") and isinstance(override.value(), dict):
+            problems.append(Problem(key, f"got one mapping; allowed: a list of them, in brackets: {key}=[{raw_value}]"))
         elif key in known or key.startswith(FREE_FORM):
             parsed.values.append(f"++{key}={raw_value}")
             parsed.keys.append(key)

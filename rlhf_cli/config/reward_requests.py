@@ -5,13 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.paths import HUB_ID, check_model_path, check_run, looks_local, near
 from rlhf_cli.errors import ModelError, Problem
-from rlhf_cli.rundir import read_manifest
+from rlhf_cli.rundir import read_manifest, run_of
 from rlhf_cli.schema import RewardConfig, RewardSourceConfig
 
 
@@ -23,8 +22,6 @@ def check_rewards(reward: RewardConfig) -> Iterator[Problem]:
             yield from _check_model(key, source, reward.normalize)
         elif source.type == "function" and source.path:
             yield from _check_function_file(f"{key}.path", source.path)
-        elif source.type == "rouge" and find_spec("rouge_score") is None:
-            yield Problem(f"{key}.type", "rouge needs a package that is not installed: pip install rouge-score")
         elif source.type == "http" and source.url and not source.url.startswith(("http://", "https://")):
             yield Problem(f"{key}.url", f"got {source.url!r}; allowed: http://... or https://...")
 
@@ -36,8 +33,9 @@ def _check_model(key: str, source: RewardSourceConfig, normalize: bool) -> Itera
     yield from found
     if found or not local.is_dir():
         return
-    manifest = read_manifest(local)
-    folder = local / manifest["output"]["path"] if manifest else local
+    run_dir = run_of(local)
+    manifest = read_manifest(run_dir) if run_dir is not None else {}
+    folder = run_dir / manifest["output"]["path"] if run_dir is not None else local
     info = manifest.get("reward") or _read_json(folder / "config.json").get("reward") or {}
     labels = _labels(info, folder)
     if labels is not None:
@@ -45,7 +43,7 @@ def _check_model(key: str, source: RewardSourceConfig, normalize: bool) -> Itera
     if normalize and not labels and info.get("mean") is None:
         yield Problem(
             "reward.normalize",
-            f"{source.path} has no mean and std of its scores; `rlhf rm` stores them when it has evaluation data",
+            f"{source.path} has no mean and std of its scores; `rlhf rm` stores them",
         )
 
 
@@ -111,13 +109,13 @@ def _check_label(key: str, source: RewardSourceConfig, labels: list[str]) -> Ite
     if source.label is None:
         yield Problem(f"{key}.label", f"is required: {source.path} has the labels {', '.join(labels)}; choose one")
         return
-    lowered = [label.lower() for label in labels]
-    is_number = source.label.isdigit() and int(source.label) < len(labels)
-    if source.label.lower() not in lowered and not is_number:
-        close = difflib.get_close_matches(source.label.lower(), lowered, n=1)
+    lowered, wanted = [label.lower() for label in labels], str(source.label)
+    is_number = wanted.isdecimal() and int(wanted) < len(labels)
+    if wanted.lower() not in lowered and not is_number:
+        close = difflib.get_close_matches(wanted.lower(), lowered, n=1)
         hint = f"; did you mean {labels[lowered.index(close[0])]}?" if close else ""
         yield Problem(
-            f"{key}.label", f"{source.path} has no label {source.label!r}; its labels are {', '.join(labels)}{hint}"
+            f"{key}.label", f"{source.path} has no label {wanted!r}; its labels are {', '.join(labels)}{hint}"
         )
 
 

@@ -10,6 +10,8 @@ import numpy as np
 from rlhf_cli.data.cache import Columns
 from rlhf_cli.data.token_rows import repeats_from_weights
 
+COMPARED_GROUPS = 128  # at a time, so that the arrays of positions stay small
+
 
 @dataclass(frozen=True)
 class ComparisonRows:
@@ -76,6 +78,33 @@ class ComparisonRows:
     def counts(self) -> np.ndarray:
         """(G,) sequences of each group."""
         return np.diff(self.groups)
+
+    @cached_property
+    def owners(self) -> np.ndarray:
+        """(S,) group of each sequence."""
+        return np.repeat(np.arange(len(self)), self.counts)
+
+    @cached_property
+    def common_starts(self) -> np.ndarray:
+        """(G,) tokens that all sequences of a group begin with: of comparisons their prompt."""
+        common = np.minimum.reduceat(self.lengths, self.groups[:-1]) if len(self) else np.zeros(0, np.int64)
+        for start in range(0, len(self), COMPARED_GROUPS):
+            common[start : start + COMPARED_GROUPS] = self._common(common, start)
+        return common
+
+    def _common(self, shortest: np.ndarray, start: int) -> np.ndarray:
+        """common_starts of the groups from `start` on, each at most as long as its shortest sequence."""
+        end = min(start + COMPARED_GROUPS, len(self))
+        sequences = np.arange(self.groups[start], self.groups[end])
+        owners = self.owners[sequences]
+        widths = shortest[owners]
+        ends = np.cumsum(widths)
+        within = np.arange(ends[-1]) - np.repeat(ends - widths, widths)  # positions in every sequence's first tokens
+        mine, first = (np.repeat(self.offsets[of], widths) + within for of in (sequences, self.groups[owners]))
+        same = np.where(self.input_ids[mine] == self.input_ids[first], np.iinfo(np.int64).max, within)
+        of_sequences = np.minimum(np.minimum.reduceat(same, ends - widths), widths)
+        found: np.ndarray = np.minimum.reduceat(of_sequences, self.groups[start:end] - self.groups[start])
+        return found
 
     @cached_property
     def longest(self) -> np.ndarray:

@@ -11,7 +11,18 @@ import numpy as np
 from rlhf_cli.data.filters import is_blank
 from rlhf_cli.data.formats import answer_row, describe_formats
 from rlhf_cli.data.readers import Source
-from rlhf_cli.data.rows import LabelledRow, PairRow, ParsedRow, RankedRow, RowError, TextRow, TrainingRow, row_digest
+from rlhf_cli.data.rows import (
+    LabelledRow,
+    PairRow,
+    ParsedRow,
+    RankedRow,
+    RowError,
+    TextRow,
+    TrainingRow,
+    check_unicode,
+    half_character,
+    row_digest,
+)
 from rlhf_cli.data.stream import Tally, eval_count, nothing_left, open_sources, parsed_rows
 from rlhf_cli.data.templates import Template, render
 from rlhf_cli.errors import DataError
@@ -73,6 +84,8 @@ def comparison_groups(
             )
         try:
             group = _group(number, row)
+            for text in group.rows:
+                check_unicode(text)
         except RowError as error:
             tallies[number].bad_row(error, data.on_bad_row)
             continue
@@ -195,6 +208,8 @@ def _group(source: int, row: ParsedRow) -> Group:
             label = row.label if isinstance(row.label, str) else str(int(row.label))
             if not label.strip():
                 raise RowError(row.source, "an empty label")
+            if half_character(label) is not None:
+                raise RowError(row.source, "half a character in the label", repr(label))
             text = (TextRow(row.text, row.source, row.columns),)
             return Group(source, text, _digests(text), (0.0,), label=label)
     raise AssertionError(f"{row.source}: {type(row).__name__}")

@@ -39,6 +39,7 @@ from rlhf_cli.schema import ComparisonDataConfig
 
 # Raised whenever the same data and settings give other tokens or another split than before.
 CACHE_VERSION = 2
+SHOWN_LABELS = 20  # in the terminal
 CHUNK_GROUPS, CHUNK_CHARS = 1024, 1 << 22
 # as ComparisonRows has them
 COLUMNS = {
@@ -262,12 +263,20 @@ def _info(tally: Tally) -> dict[str, Any]:
 
 def _report_labels(prepared: PreparedComparisons, report: Callable[[str], None]) -> None:
     """How often each label stands on either side, and which ones cannot be learnt."""
-    for number, name in enumerate(prepared.labels):
-        count = int((prepared.train.labels == number).sum())
-        line = f"data: label {name}: {count} rows to train on"
-        if prepared.eval is not None:
-            line += f", {int((prepared.eval.labels == number).sum())} to evaluate on"
-        report(line if count else f"{line}; it cannot be learnt")
+    sides = [side for side in (prepared.train, prepared.eval) if side is not None]
+    counts = [[int((side.labels == number).sum()) for side in sides] for number in range(len(prepared.labels))]
+    shown = 0
+    for name, (train, *evaluation) in zip(prepared.labels, counts, strict=True):
+        line = f"data: label {name}: {train} rows to train on"
+        line += "".join(f", {number} to evaluate on" for number in evaluation)
+        if not train:
+            report(f"{line}; it cannot be learnt")
+        elif shown < SHOWN_LABELS:
+            report(line)
+            shown += 1
+    further = sum(train > 0 for train, *_ in counts) - shown
+    if further:
+        report(f"data: and {further} further labels")
 
 
 def _num_chars(group: Group) -> int:

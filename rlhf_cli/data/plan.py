@@ -17,6 +17,7 @@ import numpy as np
 Bin = list[int]
 MicroBatch = list[Bin]
 Run = tuple[int, int]  # items start to end - 1 of a sorted list
+WINDOW_MICRO_BATCHES = 16
 
 
 class Position(NamedTuple):
@@ -24,14 +25,6 @@ class Position(NamedTuple):
 
     epoch: int
     rows: slice
-
-
-class StepRows(NamedTuple):
-    """One optimizer step: its number from 0, its epoch, the rows of its global batch (B,)."""
-
-    step: int
-    epoch: int
-    rows: np.ndarray
 
 
 class StepPlan(NamedTuple):
@@ -74,17 +67,32 @@ def locate(step: int, rows: int, global_batch_size: int) -> Position:
     return Position(epoch, slice(start, min(start + global_batch_size, rows)))
 
 
-def iterate_steps(
-    first_step: int, end_step: int, num_rows: int, repeats: np.ndarray | None, global_batch_size: int, seed: int
-) -> Iterator[StepRows]:
-    """The global batches of steps first_step to end_step - 1."""
-    rows = epoch_rows(num_rows, repeats)
-    epoch, order = -1, np.zeros(0, np.int64)
-    for step in range(first_step, end_step):
-        position = locate(step, rows, global_batch_size)
-        if position.epoch != epoch:
-            epoch, order = position.epoch, epoch_order(num_rows, repeats, seed, position.epoch)
-        yield StepRows(step, epoch, order[position.rows])
+class Course:
+    """The rows that each step of a training takes. Steps may be asked for in any order."""
+
+    def __init__(self, num_rows: int, repeats: np.ndarray | None, global_batch_size: int, seed: int):
+        self.num_rows, self.repeats = num_rows, repeats
+        self.global_batch_size, self.seed = global_batch_size, seed
+        self.per_epoch = epoch_rows(num_rows, repeats)
+        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))  # of the epoch that was asked for last
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data after `step` steps."""
+        return step / steps_per_epoch(self.per_epoch, self.global_batch_size)
+
+    def rows(self, step: int) -> np.ndarray:
+        """Rows (B,) of the global batch of step `step`, 0 is the first."""
+        position = locate(step, self.per_epoch, self.global_batch_size)
+        if self._order[0] != position.epoch:
+            self._order = position.epoch, epoch_order(self.num_rows, self.repeats, self.seed, position.epoch)
+        return self._order[1][position.rows]
+
+
+def windows(num_rows: int, micro_batch_size: int, world_size: int) -> Iterator[np.ndarray]:
+    """All rows in file order, as many at a time that sorting them by length saves padding."""
+    size = micro_batch_size * world_size * WINDOW_MICRO_BATCHES
+    for start in range(0, num_rows, size):
+        yield np.arange(start, min(start + size, num_rows))
 
 
 def plan_step(

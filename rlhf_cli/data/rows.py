@@ -110,6 +110,27 @@ def num_chars(row: TrainingRow) -> int:
     return len(row.text) if isinstance(row, TextRow) else sum(len(message.content) for message in row.messages)
 
 
+def half_character(text: str) -> int | None:
+    """Where a text holds half a surrogate pair, which JSON can hold and no tokenizer takes; None for valid Unicode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def check_unicode(row: TrainingRow) -> None:
+    """Raise RowError for a row that cannot be tokenised."""
+    for text in [row.text] if isinstance(row, TextRow) else [message.content for message in row.messages]:
+        at = half_character(text)
+        if at is not None:
+            raise RowError(
+                row.source,
+                "half a character",
+                f"{text[max(0, at - 20) : at + 20]!r} is no valid Unicode: it was cut inside a surrogate pair",
+            )
+
+
 def row_digest(row: TrainingRow) -> int:
     """64 bits of the row's canonical text: equal for equal text or dialogue, whatever file or format it came from."""
     if isinstance(row, TextRow):

@@ -14,7 +14,7 @@ from rlhf_cli.data.columns import parse_row_format
 from rlhf_cli.data.filters import drop_reason
 from rlhf_cli.data.formats import detect_format, parse_row, to_training
 from rlhf_cli.data.readers import Source, open_source, read_rows, source_digest
-from rlhf_cli.data.rows import ParsedRow, RowError, TextRow, TrainingRow, row_digest
+from rlhf_cli.data.rows import ParsedRow, RowError, TextRow, TrainingRow, check_unicode, row_digest
 from rlhf_cli.data.templates import Template, render
 from rlhf_cli.errors import DataError
 from rlhf_cli.schema import DataConfig, SourceConfig, TrainingSourceConfig
@@ -93,6 +93,11 @@ def training_rows(data: DataConfig, sources: list[Source], tallies: list[Tally])
     seen: set[int] = set()
     for number, parsed in parsed_rows(data, sources, tallies, data.row_format):
         row = to_training(parsed)
+        try:
+            check_unicode(row)
+        except RowError as error:
+            tallies[number].bad_row(error, data.on_bad_row)
+            continue
         reason = drop_reason(row, data.filters)
         if reason is None and data.deduplicate:
             digest = row_digest(row)

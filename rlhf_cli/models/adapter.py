@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.tensor_files import StoredTensor, in_memory, stored_tensors
-from rlhf_cli.rundir import read_manifest
+from rlhf_cli.rundir import read_manifest, run_of
 
 Task = Literal["causal_lm", "sequence_classification"]
 TASKS: dict[str | None, Task | None] = {
@@ -137,14 +137,6 @@ def locate_adapter(given: str) -> tuple[Path, dict[str, Any]]:
     if not (place / CONFIG).is_file():
         raise ModelError(f"merge.adapter: {given} has no {CONFIG}; allowed: a run of LoRA, or PEFT's folder")
     return place, {}
-
-
-def run_of(place: Path) -> Path | None:
-    """The run directory that `place` is, or is the model of; None for a directory that no run made."""
-    if read_manifest(place):
-        return place
-    output = read_manifest(place.parent).get("output") or {}
-    return place.parent if output.get("path") == place.name else None
 
 
 def check_settings(settings: Mapping[str, Any], folder: Path) -> None:

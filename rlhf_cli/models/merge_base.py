@@ -13,12 +13,12 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.files import digest_tree
-from rlhf_cli.models.adapter import Adapter, run_of
+from rlhf_cli.models.adapter import Adapter
 from rlhf_cli.models.load import PICKLED, read_config
 from rlhf_cli.models.source import check_source, explain_load_error
 from rlhf_cli.models.tensor_files import StoredTensor, stored_tensors
 from rlhf_cli.models.tokenizer import TOKENIZER_FILES, load_tokenizer
-from rlhf_cli.rundir import read_manifest
+from rlhf_cli.rundir import read_manifest, run_of
 from rlhf_cli.schema import MergeConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

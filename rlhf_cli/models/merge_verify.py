@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import time
 import warnings
 from pathlib import Path
@@ -47,10 +48,24 @@ def memory_needed(plan: MergePlan) -> int:
     return int(MODELS_IN_MEMORY * 4 * sum(torch.Size(t.shape).numel() for t in plan.targets))
 
 
-def available_memory() -> int:
-    """Bytes that can be had without swapping (proc(5), MemAvailable)."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that can be had without swapping (proc(5), MemAvailable), and without being killed by the limit of a
+    container or a batch job (cgroup v2)."""
+    lines = (proc / "meminfo").read_text(encoding="ascii").splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    membership = proc / "self" / "cgroup"
+    groups = membership.read_text().splitlines() if membership.is_file() else []
+    own = next((cgroups / line[3:].strip("/") for line in groups if line.startswith("0::")), cgroups)
+    return int(min([free, *(_room(place) for place in (own, *own.parents) if place.is_relative_to(cgroups))]))
+
+
+def _room(group: Path) -> float:
+    """Bytes below a control group's limit; what it holds of files read or written once does not count."""
+    limit = group / "memory.max"
+    if not limit.is_file() or limit.read_text().strip() == "max":
+        return math.inf
+    held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return int(limit.read_text()) - int((group / "memory.current").read_text()) + int(held["inactive_file"])
 
 
 def verify(

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 class ComparisonStats(NamedTuple):
     """Detached scalars. accuracy: share of the pairs whose better side scores higher, equal scores count half; margin:
-    mean of r_better - r_worse; mean_reward: of all scores. num: pairs, or prompts with a pair (accuracy and margin are
-    then means per prompt, averaged over these prompts)."""
+    mean of r_better - r_worse; mean_reward: of all scores. num: pairs, or prompts with a pair (the three are then means
+    per prompt, averaged over these prompts)."""
 
     accuracy: Tensor
     margin: Tensor
@@ -64,15 +64,15 @@ def kwise_reward_loss(
     """
     assert scores.shape == ranks.shape == prompt_ids.shape == (len(scores),)
     scores = _wide(scores)
-    better, worse, weights, num = _pairs(ranks, prompt_ids)
-    better, worse = better.to(scores.device), worse.to(scores.device)
-    weights = weights.to(scores.device, scores.dtype)
-    high, low = scores[better], scores[worse]
-    count = max(1, num)
+    pairs = ranked_pairs(ranks, prompt_ids)
+    weights = pairs.weights.to(scores.device, scores.dtype)
+    high, low = scores[pairs.better.to(scores.device)], scores[pairs.worse.to(scores.device)]
+    count = max(1, pairs.num)
     loss = (weights * _pair_losses(high, low, None, center_coef)).sum() / count
     difference = (high - low).detach()
     accuracy, margin = (weights * _right_shares(difference)).sum() / count, (weights * difference).sum() / count
-    return loss, ComparisonStats(accuracy, margin, _mean(scores.detach()), num)
+    mean_reward = (pairs.shares.to(scores.device, scores.dtype) * scores.detach()).sum() / count
+    return loss, ComparisonStats(accuracy, margin, mean_reward, pairs.num)
 
 
 def classification_loss(
@@ -92,23 +92,20 @@ def classification_loss(
     return loss, ClassificationStats(_mean(hits), len(labels), total)
 
 
-def _right_shares(differences: Tensor) -> Tensor:
-    """(N,) of r_better - r_worse -> (N,): 1 where the better side scores higher, ½ where both score the same."""
-    return (differences > 0).to(differences.dtype) + 0.5 * (differences == 0).to(differences.dtype)
+class RankedPairs(NamedTuple):
+    """better, worse (P,): indices of all pairs of different rank within a prompt; weights (P,): 1 / the number of pairs
+    of that prompt; shares (N,): 1 / the number of rows of the prompt, 0 where it has no pair; num: prompts that have
+    one."""
+
+    better: Tensor
+    worse: Tensor
+    weights: Tensor
+    shares: Tensor
+    num: int
 
 
-def _pair_losses(better: Tensor, worse: Tensor, margin: Tensor | None, center_coef: float) -> Tensor:
-    """(P,) each."""
-    difference = better - worse
-    if margin is not None:
-        difference = difference - margin.to(difference)
-    losses = -functional.logsigmoid(difference)
-    return losses if center_coef == 0 else losses + center_coef * (better + worse).square()
-
-
-def _pairs(ranks: Tensor, prompt_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """(better (P,), worse (P,), weights (P,), number of prompts that have a pair): indices of all pairs of different
-    rank within a prompt, and 1 / the number of pairs of that prompt. The work is Σ K², not N²."""
+def ranked_pairs(ranks: Tensor, prompt_ids: Tensor) -> RankedPairs:
+    """ranks, prompt_ids (N,) as in kwise_reward_loss. The work is Σ K², not N²."""
     order = torch.argsort(prompt_ids, stable=True)
     _, sizes = torch.unique_consecutive(prompt_ids[order], return_counts=True)
     starts = sizes.cumsum(0) - sizes  # of each prompt in `order`
@@ -121,7 +118,23 @@ def _pairs(ranks: Tensor, prompt_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, i
     keep = ranks[better] < ranks[worse]
     pairs_of_prompt = torch.bincount(prompts[left[keep]], minlength=len(sizes))
     weights = 1.0 / pairs_of_prompt[prompts[left[keep]]].double()
-    return better[keep], worse[keep], weights, int((pairs_of_prompt > 0).sum())
+    shares = torch.zeros(len(ranks), dtype=torch.float64, device=ranks.device)
+    shares[order] = (pairs_of_prompt > 0)[prompts].double() / others
+    return RankedPairs(better[keep], worse[keep], weights, shares, int((pairs_of_prompt > 0).sum()))
+
+
+def _right_shares(differences: Tensor) -> Tensor:
+    """(N,) of r_better - r_worse -> (N,): 1 where the better side scores higher, ½ where both score the same."""
+    return (differences > 0).to(differences.dtype) + 0.5 * (differences == 0).to(differences.dtype)
+
+
+def _pair_losses(better: Tensor, worse: Tensor, margin: Tensor | None, center_coef: float) -> Tensor:
+    """(P,) each."""
+    difference = better - worse
+    if margin is not None:
+        difference = difference - margin.to(difference)
+    losses = -functional.logsigmoid(difference)
+    return losses if center_coef == 0 else losses + center_coef * (better + worse).square()
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from rlhf_cli.errors import ConfigError, Problem, RunFailed
 from rlhf_cli.reward.source import Progress, ScoredText, checked_rewards, columns_of, plain_prompt
 from rlhf_cli.schema import RewardSourceConfig
 
+MODULE_PREFIX = "rlhf_reward_"
+
 
 @dataclass
 class FunctionSource:
@@ -50,7 +52,7 @@ class FunctionSource:
             values = self.function(
                 [plain_prompt(text.prompt) for text in texts], [text.response for text in texts], **passed
             )
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit() in a function would end the rank as if all were well
             raise RunFailed(f"{who} raised {_described(error, self.function)}") from error
         rewards = checked_rewards(values, texts, who)
         progress(len(texts))
@@ -89,7 +91,8 @@ def open_function(config: RewardSourceConfig, name: str, key: str) -> FunctionSo
 def _load_file(path: Path, key: str) -> ModuleType:
     if not path.is_file():
         raise _problem(key, f"no such file: {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A name of its own, since the file may be called as a module of the library.
+    spec = importlib.util.spec_from_file_location(f"{MODULE_PREFIX}{path.stem}", path)
     if spec is None or spec.loader is None:
         raise _problem(key, f"{path} is no Python file (.py)")
     module = importlib.util.module_from_spec(spec)
@@ -97,6 +100,7 @@ def _load_file(path: Path, key: str) -> ModuleType:
     if folder not in sys.path:
         sys.path.append(folder)  # as for a script: it may import what lies beside it
     loader = spec.loader
+    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
     _run_import(lambda: loader.exec_module(module), key, str(path))
     return module
 
@@ -107,7 +111,7 @@ def _run_import(load: Callable[[], Any], key: str, what: str) -> Any:
         return load()
     except SyntaxError as error:
         raise _problem(key, f"{what} is no valid Python: {error.filename}:{error.lineno}: {error.msg}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _problem(key, f"{what} cannot be imported: {_described(error, None)}") from error
 
 
@@ -132,7 +136,7 @@ def _place(function: Callable[..., Any], name: str) -> str:
     return name if code is None else f"{name}, {code.co_filename}:{code.co_firstlineno}"
 
 
-def _described(error: Exception, function: Callable[..., Any] | None) -> str:
+def _described(error: BaseException, function: Callable[..., Any] | None) -> str:
     """The error in one line with the line of the user's code that it came from."""
     text = f"{type(error).__name__}: {error}"
     frames = traceback.extract_tb(error.__traceback__)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.source import check_source
-from rlhf_cli.rundir import read_manifest
+from rlhf_cli.rundir import read_manifest, run_of
 
 
 class Located(NamedTuple):
@@ -31,9 +31,10 @@ def locate(path: str, key: str) -> Located:
     local = Path(path).expanduser()
     if not local.is_dir():
         return Located(path)
-    manifest = read_manifest(local)
+    run_dir = run_of(local)  # also of the model directory in it: template and moments are the run's
+    manifest = read_manifest(run_dir) if run_dir is not None else {}
     template = manifest.get("template")
-    folder = _run_output(local, manifest, key) if manifest else local
+    folder = _run_output(run_dir, manifest, key) if run_dir is not None else local
     adapter = folder / "adapter_config.json"
     if adapter.is_file() and not (folder / "config.json").is_file():
         base, digest = _base(adapter, key), manifest.get("base_digest")

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_cli.errors import RunFailed
+from rlhf_cli.data.rows import half_character
+from rlhf_cli.errors import DataError, RunFailed
 from rlhf_cli.reward.inputs import Inputs
 from rlhf_cli.reward.source import Progress, ScoredText, describe
 
@@ -52,6 +53,13 @@ class ModelSource:
     @torch.no_grad()
     def score(self, texts: Sequence[ScoredText], progress: Progress) -> list[float]:
         """In batches of texts of like length; the score of a text does not depend on what it is padded with."""
+        for index, text in enumerate(texts):
+            for content in (text.response, *(message.content for message in text.prompt or ())):
+                if half_character(content) is not None:
+                    raise DataError(
+                        f"reward source {self.name!r}: half a character (a cut surrogate pair, no valid Unicode) in"
+                        f" {describe(text, index)}; correct the row or take it out"
+                    )
         inputs = self.encode(texts)
         self._count_cut(inputs.cut)
         scores = [0.0] * len(texts)

@@ -183,13 +183,14 @@ def choose_label(config: RewardSourceConfig, labels: list[str], key: str) -> int
     listed = ", ".join(f"{i} {name}" for i, name in enumerate(labels))
     if config.label is None:
         raise ModelError(f"{key}.label: is required, since {config.path} has several labels; choose one of: {listed}")
-    exact = [i for i, name in enumerate(labels) if name == config.label]
-    alike = [i for i, name in enumerate(labels) if name.lower() == config.label.lower()]
+    wanted = str(config.label)
+    exact = [i for i, name in enumerate(labels) if name == wanted]
+    alike = [i for i, name in enumerate(labels) if name.lower() == wanted.lower()]
     if exact or len(alike) == 1:
         return (exact or alike)[0]
-    if config.label.isdigit() and int(config.label) < len(labels):
-        return int(config.label)
-    raise ModelError(f"{key}.label: {config.path} has no label {config.label!r}; choose one of: {listed}")
+    if wanted.isdecimal() and int(wanted) < len(labels):
+        return int(wanted)
+    raise ModelError(f"{key}.label: {config.path} has no label {wanted!r}; choose one of: {listed}")
 
 
 def find_moments(config: RewardSourceConfig, found: Located, labels: list[str], label: int | None) -> Moments:
@@ -202,8 +203,8 @@ def find_moments(config: RewardSourceConfig, found: Located, labels: list[str], 
         what = f"the {config.measure} of its label {labels[label]}"
     if stored.get("mean") is None or stored.get("std") is None:
         raise ModelError(
-            f"reward.normalize: {config.path} has no mean and std of {what}; `rlhf rm` stores them when it has"
-            " evaluation data. Set reward.normalize=false"
+            f"reward.normalize: {config.path} has no mean and std of {what}; `rlhf rm` stores them."
+            " Set reward.normalize=false"
         )
     if stored["std"] <= 0:
         raise ModelError(f"reward.normalize: the std of {what} stored with {config.path} is {stored['std']}")

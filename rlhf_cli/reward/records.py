@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,9 @@ from rlhf_cli.errors import DataError
 from rlhf_cli.ops.calibration import accuracy_stderr, right_shares
 from rlhf_cli.reward.combine import Scores
 from rlhf_cli.reward.source import ScoredText
+
+# What Summary reads of a line, which no column of the file may be taken for.
+FIGURES = ("score", "scores", "chosen_score", "rejected_score", "score_margin", "by_source")
 
 
 def texts_of(row: ParsedRow) -> list[ScoredText]:
@@ -105,8 +108,19 @@ def _line(
             apart = {name: value for name, (value,) in by_source.items()}
     if by_source:
         line["by_source"] = apart
-    # A column of the file that is called as one of ours is kept under another name.
-    return line | {f"data_{name}" if name in line else name: value for name, value in texts[0].columns.items()}
+    for name, value in texts[0].columns.items():
+        line[_free_name(name, line, texts[0].columns)] = value
+    return line
+
+
+def _free_name(name: str, line: Mapping[str, Any], columns: Mapping[str, Any]) -> str:
+    """What a column of the file is called in a line: its name, or another one where that is one of ours."""
+    if name not in line and name not in FIGURES:
+        return name
+    name = f"data_{name}"
+    while name in line or name in columns:
+        name = f"data_{name}"
+    return name
 
 
 def _prompt_value(prompt: tuple[Message, ...]) -> str | list[dict[str, str]]:

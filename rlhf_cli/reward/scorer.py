@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from rlhf_cli.data.fields import ROLES
 from rlhf_cli.data.rows import Message
-from rlhf_cli.errors import ConfigError, DataError, Problem
+from rlhf_cli.errors import DataError
 from rlhf_cli.reward.combine import Rewards, open_rewards
 from rlhf_cli.reward.source import ScoredText
-from rlhf_cli.schema import RewardConfig, RewardSourceConfig
+from rlhf_cli.schema import RewardConfig, build
 
 Prompt = str | Sequence[Mapping[str, str]] | None
 
@@ -35,8 +36,9 @@ class Scorer:
         prompts: each a text (one message of the user), a list of {"role", "content"}, or None (the response is raw
         text, without a template); None for all of them at once. columns: further columns for functions and references.
         """
+        _check_texts(prompts, responses)
         count = len(responses)
-        given = {"prompts": prompts or [None] * count, **(columns or {})}
+        given = {"prompts": [None] * count if prompts is None else prompts, **(columns or {})}
         wrong = {name: len(values) for name, values in given.items() if len(values) != count}
         if wrong:
             raise DataError(f"{count} responses, but {', '.join(f'{n} {name}' for name, n in wrong.items())}")
@@ -69,13 +71,20 @@ def open_reward(
 
     device: None = the GPU if there is one. Raises RlhfError when it cannot be opened.
     """
-    source = RewardSourceConfig(path=None if path is None else str(path), **options)
-    problems = [Problem(problem.key, problem.message) for problem in source.check()]
-    if problems:
-        raise ConfigError(problems)
+    source = {"path": None if path is None else str(path), **options}
+    given = {"sources": [source], "normalize": normalize, "clip": clip, "batch_size": batch_size}
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    config = RewardConfig(sources=[source], normalize=normalize, clip=clip, batch_size=batch_size)
-    return Scorer(open_rewards(config, where))
+    return Scorer(open_rewards(build(RewardConfig, given), where))
+
+
+def _check_texts(prompts: Any, responses: Any) -> None:
+    """Raise DataError for what would be read as something else than was meant."""
+    for name, given in (("prompts", prompts), ("responses", responses)):
+        if isinstance(given, str):
+            raise DataError(f"{name} is one text, where a list of texts belongs: [{given[:40]!r}]")
+    for number, response in enumerate(responses):
+        if not isinstance(response, str):
+            raise DataError(f"responses[{number}] is no text: {response!r:.60}")
 
 
 def _messages(prompt: Prompt, number: int) -> tuple[Message, ...] | None:
@@ -84,8 +93,9 @@ def _messages(prompt: Prompt, number: int) -> tuple[Message, ...] | None:
     if isinstance(prompt, str):
         return (Message("user", prompt),)
     try:
-        return tuple(Message(message["role"], message["content"]) for message in prompt)
+        return tuple(Message(ROLES[message["role"]], message["content"]) for message in prompt)
     except (TypeError, KeyError) as error:
         raise DataError(
-            f'prompts[{number}] is neither text nor a list of {{"role": ..., "content": ...}}: {prompt!r:.60}'
+            f'prompts[{number}] is neither text nor a list of {{"role": ..., "content": ...}} with the roles'
+            f" {', '.join(ROLES)}: {prompt!r:.60}"
         ) from error

@@ -84,7 +84,11 @@ def checked_rewards(values: Any, texts: Sequence[ScoredText], who: str) -> list[
     rewards = []
     for index, value in enumerate(values):
         value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
-        if not isinstance(value, Real) or not math.isfinite(value):
+        try:
+            number = float(value) if isinstance(value, Real) else math.nan
+        except OverflowError:  # an integer beyond all floats
+            number = math.inf
+        if not math.isfinite(number):
             raise RunFailed(f"{who} gave {value!r:.60}, no finite number, for {describe(texts[index], index)}")
-        rewards.append(float(value))
+        rewards.append(number)
     return rewards

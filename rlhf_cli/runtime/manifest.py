@@ -25,7 +25,8 @@ def begin(run_dir: Path, stage: str, config: dict[str, Any], world_size: int) ->
     """
     old = read_manifest(run_dir)
     found = parents(config)
-    _check_unchanged(run_dir, old.get("parents") or [], found)
+    base_digest = _base_digest(config, found)
+    _check_unchanged(run_dir, old, found, base_digest)
     path = config.get("model", {}).get("path")
     manifest = {
         "schema_version": SCHEMA_VERSION,
@@ -33,7 +34,7 @@ def begin(run_dir: Path, stage: str, config: dict[str, Any], world_size: int) ->
         "status": "running",
         "output": None,
         "base_model": path,
-        "base_digest": _base_digest(config, found),
+        "base_digest": base_digest,
         "template": None,
         "parents": found,
         "reward": None,
@@ -90,20 +91,27 @@ def model_dir(path: str, kinds: tuple[str, ...] = ("policy",)) -> tuple[str, dic
 
 
 def _base_digest(config: dict[str, Any], found: list[dict[str, str]]) -> str | None:
-    """Of the model under an adapter, so that merge-lora finds out whether it is still the same; None otherwise."""
-    path = config.get("model", {}).get("path")
-    if not path or not config.get("lora", {}).get("enabled"):
+    """Of the model whose frozen weights a run needs again when it goes on, or when its adapter is merged; None where
+    all weights are trained."""
+    settings = config.get("model", {})
+    path = settings.get("path")
+    frozen = config.get("lora", {}).get("enabled") or settings.get("trainable", {}).get("mode", "all") != "all"
+    if not path or not frozen:
         return None
     if found:
         return found[0]["digest"]
     return digest_tree(Path(path).expanduser()) if Path(path).expanduser().is_dir() else None
 
 
-def _check_unchanged(run_dir: Path, before: list[dict[str, str]], now: list[dict[str, str]]) -> None:
+def _check_unchanged(
+    run_dir: Path, old: dict[str, Any], parents_now: list[dict[str, str]], base_digest: str | None
+) -> None:
     if not any((run_dir / "checkpoints").glob("step_*")):
         return
-    digests = {entry.get("run_dir"): entry["digest"] for entry in before}
-    changed = [e["run_dir"] for e in now if digests.get(e["run_dir"], e["digest"]) != e["digest"]]
+    digests = {entry.get("run_dir"): entry["digest"] for entry in old.get("parents") or []}
+    changed = [e["run_dir"] for e in parents_now if digests.get(e["run_dir"], e["digest"]) != e["digest"]]
+    if old.get("base_digest") and base_digest and old["base_digest"] != base_digest:  # of a model that no run made
+        changed.append(str(old["base_model"]))
     if changed:
         raise CheckpointError(
             f"the model in {changed[0]} has changed since {run_dir} was started from it; put it back, or start in"

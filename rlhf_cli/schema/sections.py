@@ -168,7 +168,12 @@ class TrainingSourceConfig(SourceConfig):
         None, "one per path: how often its rows are seen in an epoch (0.5 = half of them, 2 = twice)", gt=0
     )
     max_length: int = opt(512, "longest sequence in tokens", ge=2)
-    validation_split_percentage: float = opt(0.0, "the last percent of the rows are for evaluation only", ge=0, lt=100)
+    validation_split_percentage: float = opt(
+        0.0,
+        "the last percent of the rows are for evaluation only; rm: of labelled rows that share of each label",
+        ge=0,
+        lt=100,
+    )
     eval_path: str | list[str] | None = opt(None, "data for evaluation instead of a split")
     deduplicate: bool = opt(False, "drop exact repeats of a row")
     cache_dir: str | None = opt(None, "where tokenised data is kept; null = $RLHF_CACHE or ~/.cache/rlhf")
@@ -256,7 +261,8 @@ class MergeConfig:
     def check(self) -> Iterator[Problem]:
         if not self.adapter:
             yield Problem("adapter", "is required: a run directory of a LoRA run, or a folder in PEFT's layout")
-        if not re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]i?)?B", self.max_shard_size, re.IGNORECASE):
+        size = re.fullmatch(r"(\d+(\.\d+)?)\s*([KMGT]i?)?B", self.max_shard_size, re.IGNORECASE)
+        if size is None or float(size[1]) == 0:
             yield Problem("max_shard_size", f"got {self.max_shard_size!r}; allowed: a size such as 500MB, 5GB or 2GiB")
 
 
@@ -273,7 +279,9 @@ class RewardSourceConfig:
     revision: str | None = opt(None, "model, classifier: branch, tag or commit of a hub id")
     name: str | None = opt(None, "under which it is logged; null = its type, numbered if there are several")
     weight: float = opt(1.0, "factor in the sum of all sources")
-    label: str | None = opt(None, "classifier (or model with several labels): the wanted label, by name or number")
+    label: str | int | None = opt(
+        None, "classifier (or model with several labels): the wanted label, by name or number"
+    )
     measure: Literal["log_prob", "probability", "margin"] = opt(
         "log_prob", "what of the label: its log-probability, its probability, or its logit minus the best other one"
     )
@@ -319,6 +327,11 @@ class RewardSourceConfig:
             yield Problem("label", "is required by type classifier: the wanted label, by name or number")
         if self.type == "function" and not self.function:
             yield Problem("function", "is required by type function: a name in the file at path, or a dotted name")
+        elif self.type == "function" and not self.path and "." not in str(self.function):
+            yield Problem(
+                "function",
+                f"{self.function!r} is no dotted name; set path to its file, or write module.{self.function}",
+            )
         if self.type == "http" and not self.url:
             yield Problem("url", "is required by type http, e.g. http://localhost:8000/score")
 
@@ -338,8 +351,9 @@ class RewardConfig:
         if not self.sources:
             yield Problem("sources", "is required, e.g. reward.sources=[{type: model, path: runs/rm}]")
         names = [source.name for source in self.sources if source.name]
-        if len(set(names)) < len(names):
-            yield Problem("sources", f"has a name twice: {', '.join(sorted(n for n in names if names.count(n) > 1))}")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            yield Problem("sources", f"has a name twice: {', '.join(twice)}")
 
 
 @dataclass

@@ -10,18 +10,20 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.data.templates import TEMPLATES
 from rlhf_cli.errors import RunFailed
 from rlhf_cli.files import check_space, digest_tree, directory_aside
-from rlhf_cli.models.adapter import Adapter, read_adapter, run_of
+from rlhf_cli.models.adapter import Adapter, read_adapter
 from rlhf_cli.models.merge import open_tokenizer, parse_size, split_shards, write_beside, write_weights
 from rlhf_cli.models.merge_base import Base, check_vocabulary, open_base
 from rlhf_cli.models.merge_plan import MergePlan, plan_merge
 from rlhf_cli.models.merge_verify import Verification, available_memory, memory_needed, verify
-from rlhf_cli.rundir import read_manifest, update_manifest
+from rlhf_cli.rundir import read_manifest, run_of, update_manifest
 from rlhf_cli.runtime import manifest
+from rlhf_cli.runtime.peak_memory import peak_memory_gb
 from rlhf_cli.runtime.process import RankProcess
 from rlhf_cli.runtime.progress import Display
 from rlhf_cli.schema import MergeConfig, MergeLoraConfig, to_dict
@@ -61,7 +63,8 @@ def merge(config: MergeConfig, run_dir: Path, display: Display) -> dict[str, flo
     check_space(run_dir, parts.plan.nbytes, "the merged model")
     with directory_aside(final) as aside:
         shards = write_model(parts, config, aside, display)
-        figures = {"seconds": round(time.monotonic() - started, 3), "peak_memory_gb": peak_memory_gb()}
+        peak = peak_memory_gb(torch.device("cpu"))
+        figures = {"seconds": round(time.monotonic() - started, 3), "perf/peak_memory_gb": peak}
         checked = compare(parts, config, aside, display)
     figures |= {"tensors_merged": float(parts.plan.num_changed), "shards": float(shards)}
     if isinstance(checked, Verification):
@@ -118,7 +121,7 @@ def template_name(parts: Parts) -> str | None:
 def write_model(parts: Parts, config: MergeConfig, directory: Path, display: Display) -> int:
     """Everything that belongs to the model. Returns the number of shards."""
     plan = parts.plan
-    display.start(0, max(1, plan.nbytes // MIB))
+    display.start(0, max(1, plan.nbytes // MIB), "MiB")
     shown = -1
 
     def progress(done: int) -> None:
@@ -213,9 +216,3 @@ def listed(values: list[Any]) -> str:
 def short_dtype(plan: MergePlan) -> str:
     """The precision of most weights."""
     return str(plan.config.dtype).removeprefix("torch.")
-
-
-def peak_memory_gb() -> float:
-    """Most resident memory this process ever had, with what its imports take."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return round(int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9, 3)

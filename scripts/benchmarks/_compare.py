@@ -6,9 +6,7 @@ import argparse
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,17 +71,6 @@ def parse(parser: argparse.ArgumentParser, variants: Mapping[str, Variant]) -> a
 
 
 # --- surroundings
-
-
-@contextmanager
-def directory(kept: Path | None) -> Iterator[Path]:
-    """The place for model, data, runs: what was asked for, or one that is gone afterwards."""
-    if kept is not None:
-        kept.mkdir(parents=True, exist_ok=True)
-        yield kept.resolve()
-        return
-    with tempfile.TemporaryDirectory(prefix="rlhf-benchmark-") as path:
-        yield Path(path)
 
 
 def environment(options: argparse.Namespace, work: Path) -> dict[str, str]:

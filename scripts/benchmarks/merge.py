@@ -20,9 +20,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -31,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE))
 
-from _process import run_quietly  # noqa: E402
+from _process import directory, run_quietly  # noqa: E402
 
 # What the worker imports and no work; the model's module would be imported by the work itself.
 IMPORTS = """
@@ -92,17 +89,6 @@ def parse() -> argparse.Namespace:
     return options
 
 
-@contextmanager
-def directory(kept: Path | None) -> Iterator[Path]:
-    """The place for the models: what was asked for, or one that is gone afterwards."""
-    if kept is not None:
-        kept.mkdir(parents=True, exist_ok=True)
-        yield kept.resolve()
-        return
-    with tempfile.TemporaryDirectory(prefix="rlhf-benchmark-") as path:
-        yield Path(path)
-
-
 def environment(options: argparse.Namespace, work: Path) -> dict[str, str]:
     """The same variables for every process."""
     return os.environ | {
@@ -144,7 +130,7 @@ def run_ours(options: argparse.Namespace, env: dict[str, str], work: Path, impor
     words = [f"{key}={value}" for key, value in settings.items()]
     run_quietly([sys.executable, "-m", "rlhf_cli", "merge-lora", *words], env, work)
     figures = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))["metrics"]
-    return Merged(figures["seconds"], figures["peak_memory_gb"] * 1e9 / 2**20 - imports)
+    return Merged(figures["seconds"], figures["perf/peak_memory_gb"] * 1024 - imports)
 
 
 def run_peft(options: argparse.Namespace, env: dict[str, str], work: Path) -> Merged:

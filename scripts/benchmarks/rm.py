@@ -26,6 +26,7 @@ sys.path.insert(0, str(HERE))
 import _compare  # noqa: E402
 import _mfu  # noqa: E402
 from _compare import Job, Variant  # noqa: E402
+from _process import directory  # noqa: E402
 
 VARIANTS = {
     "ours": Variant("ours", {}),
@@ -38,7 +39,7 @@ VARIANTS = {
 
 def main() -> int:
     options = parse()
-    with _compare.directory(options.work) as work:
+    with directory(options.work) as work:
         env = _compare.environment(options, work)
         if options.gpu is not None:
             return gpu(options, env, work)
