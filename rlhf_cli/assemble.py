@@ -284,7 +284,9 @@ def write_model(
 ) -> None:
     """The final model in HF layout, or the adapter in PEFT's. reward: what is known of the scores (see manifest)."""
     check_space(directory.parent, sum(t.nbytes for t in weights.values()), "the final model")
-    jinja = None if text.template.name in ("none", "tokenizer") else text.template.jinja
+    # The saved tokenizer writes dialogues as they were trained; also if that means without its own template.
+    unchanged = text.template.name == "tokenizer" or (text.template.name == "none" and not text.tokenizer.chat_template)
+    jinja = None if unchanged else text.template.jinja
     if config.lora.enabled:
         source = model_dir(str(config.model.path), task.starts_from)[0]
         # An adapter is found from anywhere; a hub id stays one.

@@ -18,7 +18,7 @@ from rlhf_cli.data.comparisons import PreparedComparisons
 from rlhf_cli.errors import RunFailed
 from rlhf_cli.files import write_json, write_text
 from rlhf_cli.judgement import Judgement, judge
-from rlhf_cli.loop import Conclusion, Micro, StepData
+from rlhf_cli.loop import Conclusion, Micro, StepData, heed_stop
 from rlhf_cli.ops.losses import classification_loss, kwise_reward_loss, pairwise_reward_loss
 from rlhf_cli.run import Run
 from rlhf_cli.runtime.distributed import gather_objects
@@ -91,7 +91,7 @@ class ComparisonObjective:
         """Moments of the scores, plots and tables, from the evaluation of the step whose weights are kept."""
         if self.eval_rows is None:
             few = self.rows.first(REFERENCE_ROWS)
-            judged = self._judge(engine, few)
+            judged = self._judge(engine, few, to_the_end=True)
             self.run.say(
                 f"no evaluation data: mean and std of the scores come from the first {len(few)} rows that were"
                 " trained on, and no accuracy is known"
@@ -126,11 +126,13 @@ class ComparisonObjective:
         return scores[: len(batch.ranks)], batch
 
     @torch.no_grad()
-    def _judge(self, engine: Engine, source: ComparisonRows) -> Judgement:
-        """Score all rows and say what the scores are worth; the same on every rank."""
+    def _judge(self, engine: Engine, source: ComparisonRows, to_the_end: bool = False) -> Judgement:
+        """Score all rows and say what the scores are worth; the same on every rank. to_the_end: heed no stop."""
         engine.eval()
         mine: list[tuple[int, list[float]]] = []  # (sequence, its scores)
         for window in plan.windows(len(source), self.config.train.micro_batch_size, self.run.ranks.world_size):
+            if not to_the_end:
+                heed_stop(self.run.process.watch)
             for rows in self._spread(source, window):
                 scores, _ = self._scores(engine, source, rows)
                 sequences = [s for row in rows for s in source.sequences(row)]
@@ -140,9 +142,10 @@ class ComparisonObjective:
         table = np.array([scored[s] for s in range(len(scored))])
         broken = np.flatnonzero(~np.isfinite(table).all(1))
         if len(broken):
-            row = int(source.row_numbers[source.owners[broken[0]]]) + 1
+            place = source.place(source.owners[broken[0]])
             raise RunFailed(
-                f"evaluation: {len(broken)} of {len(table)} scores are no numbers, the first in row {row}. Checkpoints"
+                f"evaluation: {len(broken)} of {len(table)} scores are no numbers, the first at"
+                f" {place['path']}:{place['line']}. Checkpoints"
                 " written before are kept. Lower optim.lr, or use model.dtype=bf16 or fp32"
             )
         return judge(self.data.kind, self.data.labels, source, table, self.config.rm, self.class_weights)

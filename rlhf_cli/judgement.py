@@ -142,10 +142,9 @@ def _comparison_loss(kind: str, rows: ComparisonRows, scores: np.ndarray, settin
 
 def _scores_of(kind: str, rows: ComparisonRows, group: int, scores: np.ndarray) -> dict[str, Any]:
     found = [float(scores[s]) for s in rows.sequences(group)]
-    row = int(rows.row_numbers[group]) + 1
     if kind == "pairs":
-        return {"row": row, "chosen_score": found[0], "rejected_score": found[1]}
-    return {"row": row, "scores": found, "ranks": [float(rows.ranks[s]) for s in rows.sequences(group)]}
+        return rows.place(group) | {"chosen_score": found[0], "rejected_score": found[1]}
+    return rows.place(group) | {"scores": found, "ranks": [float(rows.ranks[s]) for s in rows.sequences(group)]}
 
 
 def _worst_pairs(
@@ -157,8 +156,9 @@ def _worst_pairs(
         a, b = rows.ids(int(pairs.better[p])), rows.ids(int(pairs.worse[p]))
         start = int(rows.common_starts[pairs.group[p]])
         found.append(
-            {
-                "row": int(rows.row_numbers[pairs.group[p]]) + 1, "margin": float(differences[p]),
+            rows.place(pairs.group[p])
+            | {
+                "margin": float(differences[p]),
                 "chosen_score": float(scores[pairs.better[p]]), "rejected_score": float(scores[pairs.worse[p]]),
                 "prompt": a[:start], "chosen": a[start:], "rejected": b[start:],
             }
@@ -206,13 +206,11 @@ def _judge_labels(
     reward = {"mean": None, "std": None, "type": "labels", "labels": list(labels), "by_label": moments}
     sides = {name: probability[truth == i] for i, name in enumerate(told)} or {"all labels": probability}
     histogram = _histogram(sides, (0.0, 1.0))
-    lines = [
-        {"row": int(rows.row_numbers[i]) + 1, "label": labels[y], "logits": logits[i].tolist()}
-        for i, y in enumerate(truth)
-    ]
+    lines = [rows.place(i) | {"label": labels[y], "logits": logits[i].tolist()} for i, y in enumerate(truth)]
     worst = [
-        {
-            "row": int(rows.row_numbers[i]) + 1, "label": labels[truth[i]], "predicted": labels[logits[i].argmax()],
+        rows.place(i)
+        | {
+            "label": labels[truth[i]], "predicted": labels[logits[i].argmax()],
             "probability": float(probability[i]), "text": rows.ids(i),
         }
         for i in np.argsort(probability, kind="stable")[: settings.num_worst]

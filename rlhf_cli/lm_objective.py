@@ -16,7 +16,7 @@ from rlhf_cli.data.rows import Message
 from rlhf_cli.data.token_rows import TokenRows
 from rlhf_cli.data.tokenize import encode_prompt, make_encoder
 from rlhf_cli.files import write_text
-from rlhf_cli.loop import Conclusion, Micro, StepData
+from rlhf_cli.loop import Conclusion, Micro, StepData, heed_stop
 from rlhf_cli.models.lora import plain_model
 from rlhf_cli.models.sample import sample_texts
 from rlhf_cli.run import Run
@@ -94,6 +94,7 @@ class LanguageModelObjective:
         engine.eval()
         total = torch.zeros((), device=self.run.ranks.device, dtype=torch.float64)
         for rows in plan.windows(len(source), self.config.train.micro_batch_size, self.run.ranks.world_size):
+            heed_stop(self.run.process.watch)
             for micro_batch in self._spread(source, rows, self.config.data.packing):
                 total += self._loss(engine, source, micro_batch).double()
         engine.train()

@@ -17,7 +17,7 @@ import torch
 
 from rlhf_cli.errors import RunFailed
 from rlhf_cli.ops.schedule import learning_rate
-from rlhf_cli.runtime.distributed import Ranks, sum_over_ranks
+from rlhf_cli.runtime.distributed import Ranks, any_rank, sum_over_ranks
 from rlhf_cli.runtime.engine import Engine
 from rlhf_cli.runtime.metrics import MetricsLog
 from rlhf_cli.runtime.peak_memory import peak_memory_gb
@@ -58,6 +58,16 @@ class Conclusion(NamedTuple):
     tables: tuple[tuple[str, list[tuple[str, str]]], ...] = ()
 
 
+class StopAsked(Exception):
+    """Some rank was asked to stop in the middle of an evaluation; raised on all ranks."""
+
+
+def heed_stop(watch: StopWatch) -> None:
+    """Between the parts of a long evaluation, on all ranks: raises StopAsked if any of them was asked to stop."""
+    if any_rank(bool(watch.requested)):
+        raise StopAsked
+
+
 class Objective(Protocol[BatchT]):
     """What a stage brings to the loop. total_steps: optimizer steps from beginning to end."""
 
@@ -70,7 +80,10 @@ class Objective(Protocol[BatchT]):
         """Loss of one micro-batch."""
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
-        """Figures after `step` steps, named eval_..., the same on every rank; {} without evaluation data."""
+        """Figures after `step` steps, named eval_..., the same on every rank; {} without evaluation data.
+
+        Raises StopAsked (see heed_stop), and is then asked again when the run goes on.
+        """
 
     def epoch(self, step: int) -> float:
         """Passes over the data after `step` steps."""
@@ -156,8 +169,9 @@ def train(
         trackers.display.start(state.step, total_steps)
     window = _Window()
     if state.unevaluated is not None:
-        line, state.unevaluated = state.unevaluated, None
-        _evaluate(engine, work.objective, state, line, train, hooks)
+        line = state.unevaluated
+        if not _evaluate(engine, work.objective, state, line, train, hooks):
+            return engine, "interrupted"  # all is as the checkpoint has it
         _show(state, line, window, trackers)
     while state.step < total_steps:
         if stopped_early(state, train):
@@ -168,11 +182,10 @@ def train(
         due = last or (train.eval_every > 0 and state.step % train.eval_every == 0)
         if due or state.step % train.log_every == 0:
             line |= _speed_and_memory(window, trackers, ranks)
-        if stop and due:
+        if due:
             state.unevaluated = line  # an evaluation can take longer than whoever stops us waits
-        else:
-            if due:
-                _evaluate(engine, work.objective, state, line, train, hooks)
+            stop = stop or not _evaluate(engine, work.objective, state, line, train, hooks)
+        if state.unevaluated is None:
             _show(state, line, window, trackers)
         if stop:
             hooks.save_checkpoint(engine, state)
@@ -239,10 +252,17 @@ def _evaluate(
     line: dict[str, Any],
     train: TrainConfig,
     hooks: Hooks,
-) -> None:
-    """Evaluate after state.step steps, add the figures to that step's line, and keep the weights if they are better."""
+) -> bool:
+    """Evaluate after state.step steps, add the figures to that step's line, and keep the weights if they are better.
+
+    Returns False when it was stopped; nothing has changed then, and state.unevaluated still asks for it.
+    """
     began = time.monotonic()
-    figures = objective.evaluate(engine, state.step)
+    try:
+        figures = objective.evaluate(engine, state.step)
+    except StopAsked:
+        return False
+    state.unevaluated = None
     line |= figures
     state.last_eval = figures
     if "eval_loss" in figures:
@@ -254,6 +274,7 @@ def _evaluate(
         else:
             state.evaluations_without_gain += 1
     state.seconds += time.monotonic() - began
+    return True
 
 
 class _Window:

@@ -15,14 +15,21 @@ class Killed(Exception):
     """Stands for SIGKILL: nothing of the run's own comes after it."""
 
 
-def run_sft_stopping(ranks: Ranks, run_dir: str, overrides: list[str], step: int) -> dict[str, float]:
-    """Ask for a stop while step `step` (1 is the first) is at work."""
-    forward = sft.LanguageModelObjective.step_data
+def run_sft_stopping(
+    ranks: Ranks, run_dir: str, overrides: list[str], step: int, evaluating: bool = False
+) -> dict[str, float]:
+    """Ask for a stop while step `step` (1 is the first) is at work, or evaluating: while the evaluation after it is."""
+    forward, evaluate = sft.LanguageModelObjective.step_data, sft.LanguageModelObjective.evaluate
 
     def step_data(self: Any, number: int) -> Any:
-        if number == step - 1:
+        if number == step - 1 and not evaluating:
             watch._requested = 15
         return forward(self, number)
+
+    def evaluated(self: Any, engine: Any, number: int) -> Any:
+        if number == step and evaluating:
+            watch._requested = 15
+        return evaluate(self, engine, number)
 
     watch: Any = None
     open_run = sft.open_run
@@ -35,6 +42,7 @@ def run_sft_stopping(ranks: Ranks, run_dir: str, overrides: list[str], step: int
 
     with (
         mock.patch.object(sft.LanguageModelObjective, "step_data", step_data),
+        mock.patch.object(sft.LanguageModelObjective, "evaluate", evaluated),
         mock.patch.object(sft, "open_run", opened),
     ):
         return run_sft(ranks, run_dir, overrides)

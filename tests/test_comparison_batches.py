@@ -96,6 +96,8 @@ def ragged() -> ComparisonRows:
         row_numbers=np.arange(3),
         sources=np.zeros(3, np.int32),
         repeats=np.ones(3, np.int64),
+        lines=np.arange(3) + 1,
+        paths=("a.jsonl",),
     )
 
 

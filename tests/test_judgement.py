@@ -40,6 +40,8 @@ def rows_of(rankings: list[Ranking]) -> ComparisonRows:
         row_numbers=np.arange(count) * 2,
         sources=np.zeros(count, np.int32),
         repeats=np.ones(count, np.int64),
+        lines=np.arange(count) * 2 + 1,
+        paths=("a.jsonl",),
     )
 
 
@@ -85,7 +87,7 @@ def test_figures_of_rankings_against_loops(rankings: list[Ranking], at_a_time: i
     lowest = min(a[2] - b[2] for ranking in rankings for a in ranking for b in ranking if a[1] < b[1])
     (shown,) = judged.worst
     assert shown["margin"] == lowest
-    ranking = rankings[(shown["row"] - 1) // 2]
+    ranking = rankings[(shown["line"] - 1) // 2]
     whole = [[*shown["prompt"], *shown[side]] for side in ("chosen", "rejected")]
     assert all(text in [ids for ids, _, _ in ranking] for text in whole)
     assert len(shown["prompt"]) == common_start([ids for ids, _, _ in ranking])

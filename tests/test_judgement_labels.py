@@ -17,7 +17,7 @@ def judged(truth: list[int], named: list[int], num_labels: int) -> Judgement:
         input_ids=np.zeros(count, np.int32), offsets=np.arange(count + 1), groups=np.arange(count + 1),
         ranks=np.zeros(count), margins=np.zeros(count), labels=np.array(truth),
         sequence_digests=np.zeros(count, np.uint64), row_numbers=np.arange(count), sources=np.zeros(count, np.int32),
-        repeats=np.ones(count, np.int64),
+        repeats=np.ones(count, np.int64), lines=np.arange(count) + 1, paths=("a.jsonl",),
     )  # fmt: skip
     logits = np.zeros((count, num_labels))
     logits[np.arange(count), named] = 5.0

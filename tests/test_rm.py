@@ -298,7 +298,8 @@ def test_everything_an_evaluation_leaves(run_on_ranks: Runner, pairs: Path, tmp_
     assert [w["margin"] for w in worst] == pytest.approx(sorted(difference)[:3])
     texts = texts_of(run_dir / "model", str(pairs))
     for entry in worst:
-        assert (entry["prompt"] + entry["chosen"], entry["prompt"] + entry["rejected"]) == texts[entry["row"] - 1]
+        assert entry["path"] == str(pairs)
+        assert (entry["prompt"] + entry["chosen"], entry["prompt"] + entry["rejected"]) == texts[entry["line"] - 1]
     for name in ("loss", "scores"):
         assert (run_dir / "plots" / f"{name}.png").stat().st_size > 5000
     logged = [line for line in read_metrics(run_dir) if "eval_accuracy" in line]

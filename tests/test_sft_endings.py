@@ -44,12 +44,17 @@ def figures(run_dir: Path) -> list[dict[str, float]]:
     ]
 
 
-@pytest.mark.parametrize("step", [2, 3, 4])
-def test_a_stop_takes_no_evaluation_away(run_on_ranks: Runner, data: Path, tmp_path: Path, step: int) -> None:
-    """Asked to stop in a step after which an evaluation is due (2), none is (3), and in the last one (4)."""
+@pytest.mark.parametrize(("step", "evaluating"), [(2, False), (3, False), (4, False), (2, True), (4, True)])
+def test_a_stop_takes_no_evaluation_away(
+    run_on_ranks: Runner, data: Path, tmp_path: Path, step: int, evaluating: bool
+) -> None:
+    """Asked to stop in a step after which an evaluation is due (2), none is (3), in the last one (4), and in the middle
+    of an evaluation."""
     overrides = words(data, **EVALUATED)
     run_on_ranks(1, RUN, run_dir=str(tmp_path / "whole"), overrides=overrides)
-    (stopped,) = run_on_ranks(1, STOP, run_dir=str(tmp_path / "parts"), overrides=overrides, step=step)
+    (stopped,) = run_on_ranks(
+        1, STOP, run_dir=str(tmp_path / "parts"), overrides=overrides, step=step, evaluating=evaluating
+    )
     assert stopped == {}
     assert read_manifest(tmp_path / "parts")["status"] == "interrupted"
     (ended,) = run_on_ranks(1, RUN, run_dir=str(tmp_path / "parts"), overrides=overrides)

@@ -22,7 +22,8 @@ class ComparisonRows:
     labels (G,) int64: number of the label, -1 where there is none. sequence_digests (S,) uint64: row_digest of what
     supervised training would have learnt from that text, so that rows which an earlier stage trained on are found.
     row_numbers (G,) int64, ascending: number of the row among those read. sources (G,) int32: which entry of data.path.
-    repeats (G,) int64: how often an epoch sees each group (data.weights).
+    repeats (G,) int64: how often an epoch sees each group (data.weights). lines (G,) int64: where the row stands in its
+    file. paths: the entries of data.path (or data.eval_path) that sources numbers.
     """
 
     input_ids: np.ndarray
@@ -35,6 +36,8 @@ class ComparisonRows:
     row_numbers: np.ndarray
     sources: np.ndarray
     repeats: np.ndarray
+    lines: np.ndarray
+    paths: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.groups) - 1
@@ -62,7 +65,13 @@ class ComparisonRows:
             row_numbers=self.row_numbers[:count],
             sources=self.sources[:count],
             repeats=self.repeats[:count],
+            lines=self.lines[:count],
+            paths=self.paths,
         )
+
+    def place(self, group: int) -> dict[str, str | int]:
+        """Where a row comes from: an entry of data.path, and the number of its line (or row) in the file."""
+        return {"path": self.paths[self.sources[group]], "line": int(self.lines[group])}
 
     def tokens(self, groups: np.ndarray) -> int:
         """Tokens of these groups together."""
@@ -112,7 +121,9 @@ class ComparisonRows:
         return np.maximum.reduceat(self.lengths, self.groups[:-1]) if len(self) else np.zeros(0, np.int64)
 
 
-def comparison_rows(columns: Columns, start: int, end: int, path_weights: list[float] | None) -> ComparisonRows:
+def comparison_rows(
+    columns: Columns, start: int, end: int, path_weights: list[float] | None, paths: tuple[str, ...]
+) -> ComparisonRows:
     """Groups start to end - 1 of a cached part. path_weights: data.weights, None = each group once."""
     first, last = columns["groups"][start], columns["groups"][end]
     bounds = np.asarray(columns["groups"][start : end + 1]) - first
@@ -133,4 +144,6 @@ def comparison_rows(columns: Columns, start: int, end: int, path_weights: list[f
         row_numbers=row_numbers,
         sources=sources,
         repeats=repeats,
+        lines=columns["lines"][start:end],
+        paths=paths,
     )

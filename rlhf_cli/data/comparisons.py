@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -31,6 +32,7 @@ from rlhf_cli.data.stream import (
     named_infos,
     nothing_left,
     open_sources,
+    paths_of,
     report_counts,
 )
 from rlhf_cli.data.templates import Segment, Template
@@ -38,7 +40,7 @@ from rlhf_cli.data.tokenize import OVERLONG, Encoder, encode_rows, make_encoder,
 from rlhf_cli.schema import ComparisonDataConfig
 
 # Raised whenever the same data and settings give other tokens or another split than before.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 SHOWN_LABELS = 20  # in the terminal
 CHUNK_GROUPS, CHUNK_CHARS = 1024, 1 << 22
 # as ComparisonRows has them
@@ -52,7 +54,9 @@ COLUMNS = {
     "sequence_digests": np.uint64,
     "row_numbers": np.int64,
     "sources": np.int32,
+    "lines": np.int64,
 }
+LINE = re.compile(r"\d+$")  # of a row's source: "a.jsonl:17", "b.parquet row 3"
 # The settings that decide which tokens come out, and the split. Weights act on the prepared groups.
 TELLING = (
     "format",
@@ -214,6 +218,7 @@ def _tokenise(numbered: NumberedGroups, tallies: list[Tally], making: _Making) -
         "sequence_digests": np.array([digest for _, group in kept for digest in group.digests], np.uint64),
         "row_numbers": np.array([number for number, _ in kept], np.int64),
         "sources": np.array([group.source for _, group in kept], np.int32),
+        "lines": np.array([int(LINE.findall(group.rows[0].source)[0]) for _, group in kept], np.int64),
     }
 
 
@@ -243,13 +248,15 @@ def _open(
     columns = parts["train"]
     settings = f"data.overlong={data.overlong}"
     end = int(np.searchsorted(columns["row_numbers"], info["train_rows"]))
-    train = comparison_rows(columns, 0, end, data.weights)
+    train = comparison_rows(columns, 0, end, data.weights, tuple(paths_of(data.path)))
     if not train.repeats.sum():
         raise nothing_left("train", info["train"], data, settings)
     evaluation = None
     if data.eval_path or data.validation_split_percentage:
         columns, start = (parts["eval"], 0) if "eval" in parts else (columns, end)
-        evaluation = comparison_rows(columns, start, len(columns["sources"]), None)
+        evaluation = comparison_rows(
+            columns, start, len(columns["sources"]), None, tuple(paths_of(data.eval_path or data.path))
+        )
         if not len(evaluation):
             raise nothing_left("evaluate", info["eval"] or info["train"], data, settings)
     infos = named_infos(data, [*info["train"], *info["eval"]])

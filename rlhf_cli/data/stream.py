@@ -155,10 +155,13 @@ def in_chunks(
 
 def named_infos(data: TrainingSourceConfig, infos: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The counts of all entries of data.path and data.eval_path under today's names: the cache knows contents only."""
-    paths = [
-        path for given in (data.path, data.eval_path) for path in ([given] if isinstance(given, str) else given or [])
-    ]
+    paths = [*paths_of(data.path), *paths_of(data.eval_path)]
     return [info | {"path": path} for info, path in zip(infos, paths, strict=True)]
+
+
+def paths_of(given: str | list[str] | None) -> list[str]:
+    """The entries of data.path or data.eval_path."""
+    return [given] if isinstance(given, str) else given or []
 
 
 def report_counts(infos: list[dict[str, Any]], report: Callable[[str], None]) -> None:
