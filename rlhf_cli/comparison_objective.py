@@ -12,28 +12,33 @@ import torch
 
 from rlhf_cli.assemble import Text
 from rlhf_cli.data import plan
-from rlhf_cli.data.collate import ComparisonBatch, collate_comparisons
+from rlhf_cli.data.collate import ComparisonBatch, collate_comparisons, collate_sharing
 from rlhf_cli.data.comparison_rows import ComparisonRows
 from rlhf_cli.data.comparisons import PreparedComparisons
 from rlhf_cli.errors import RunFailed
 from rlhf_cli.files import write_json, write_text
 from rlhf_cli.judgement import Judgement, judge
 from rlhf_cli.loop import Conclusion, Micro, StepData, heed_stop
+from rlhf_cli.models.lora import plain_model
+from rlhf_cli.models.prompt_sharing import why_not_shared
 from rlhf_cli.ops.losses import classification_loss, kwise_reward_loss, pairwise_reward_loss
 from rlhf_cli.run import Run
-from rlhf_cli.runtime.distributed import gather_objects
+from rlhf_cli.runtime.distributed import any_rank, gather_objects
 from rlhf_cli.runtime.engine import Engine
 from rlhf_cli.runtime.plots import plot_judgement
 from rlhf_cli.schema import RmConfig
 
 # Without evaluation data the moments of the scores come from so many rows of the training data.
 REFERENCE_ROWS = 1000
+# Rows of prompt and answers take a mask and attend over all answers; a small saving is not worth that.
+LEAST_SAVED = 0.15
+MOST_SHARED_TOKENS = 4096
 
 
 class ComparisonObjective:
     """Bradley-Terry on pairs, its mean over each prompt's pairs on rankings, cross-entropy on labels."""
 
-    def __init__(self, config: RmConfig, data: PreparedComparisons, text: Text, run: Run):
+    def __init__(self, config: RmConfig, data: PreparedComparisons, text: Text, run: Run, engine: Engine):
         self.config, self.data, self.text, self.run = config, data, text, run
         self.rows, self.eval_rows = data.train, data.eval
         settings = config.train
@@ -41,6 +46,7 @@ class ComparisonObjective:
         self.total_steps = plan.num_steps(
             self.course.per_epoch, settings.global_batch_size, settings.epochs, settings.max_steps
         )
+        self.shares = self._sharing_pays(engine)
         self.class_weights = class_weights(data) if config.rm.class_weights == "balanced" else None
 
     def epoch(self, step: int) -> float:
@@ -108,7 +114,7 @@ class ComparisonObjective:
         ranks = self.run.ranks
         planned = plan.plan_groups(
             rows, source.counts[rows], source.longest[rows], ranks.world_size, self.config.train.micro_batch_size,
-            self.data.sequences_per_row,
+            self.data.sequences_per_row, source.shared_lengths[rows] if self.shares else None,
         )  # fmt: skip
         return planned[ranks.rank]
 
@@ -116,14 +122,40 @@ class ComparisonObjective:
         self, engine: Engine, source: ComparisonRows, rows: Sequence[int]
     ) -> tuple[torch.Tensor, ComparisonBatch]:
         """Scores (N, C) of the N sequences of these rows; N = 0 for none, but the model is called all the same."""
+        collate = collate_sharing if self.shares else collate_comparisons
+        batch = collate(source, rows, self.text.tokenizer.pad_token_id)
+        names = ("input_ids", "position_ids", "last", "rows", "segments")
+        given = {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}
         device = self.run.ranks.device
-        batch = collate_comparisons(source, rows, self.text.tokenizer.pad_token_id)
-        scores = engine.forward(
-            input_ids=batch.input_ids.to(device, non_blocking=True),
-            position_ids=batch.position_ids.to(device, non_blocking=True),
-            last=batch.last.to(device, non_blocking=True),
-        )
+        scores = engine.forward(**{name: tensor.to(device, non_blocking=True) for name, tensor in given.items()})
         return scores[: len(batch.ranks)], batch
+
+    def _sharing_pays(self, engine: Engine) -> bool:
+        """Whether rows hold a prompt once for all its answers: it must save work, and leave the scores as they are."""
+        self.shares = False
+        saved = 1 - self.rows.shared_lengths.sum() / max(1, self.rows.lengths.sum())
+        fits = self.rows.shared_lengths.max(initial=0) <= MOST_SHARED_TOKENS
+        if self.config.rm.share_prompts == "never" or self.data.kind == "labels" or saved < LEAST_SAVED or not fits:
+            return False
+        reason = why_not_shared(plain_model(engine.module).config) or self._difference(engine)
+        if reason is None:
+            self.run.say(f"prompts are computed once for all their answers: {saved:.0%} of the tokens are saved")
+        else:
+            self.run.say(f"prompts are computed once for each answer: {reason}")
+        return reason is None
+
+    @torch.no_grad()
+    def _difference(self, engine: Engine) -> str | None:
+        """What a shared prompt changes in the scores of two short rows, beyond rounding; None for nothing."""
+        few = np.argsort(self.rows.shared_lengths, kind="stable")[:2].tolist()
+        engine.eval()
+        apart, _ = self._scores(engine, self.rows, few)
+        self.shares = True
+        together, _ = self._scores(engine, self.rows, few)
+        engine.train()
+        rounding = 100 * torch.finfo(next(engine.module.parameters()).dtype).eps
+        differs = not torch.allclose(apart, together, rtol=rounding, atol=rounding)
+        return "this model's scores would differ" if any_rank(differs) else None
 
     @torch.no_grad()
     def _judge(self, engine: Engine, source: ComparisonRows, to_the_end: bool = False) -> Judgement:

@@ -53,7 +53,7 @@ def train_to_end(
     run: Run,
     text: Text,
     task: Task,
-    make_objective: Callable[[], Objective[Any]],
+    make_objective: Callable[[Engine], Objective[Any]],
     data_digest: str,
 ) -> dict[str, float]:
     """Train as the config says. Returns the final figures, which are also in the manifest; {} when interrupted."""
@@ -65,7 +65,7 @@ def train_to_end(
         checkpoints.extras[WEIGHTS] = whole_weights(config, model, text, task)
     engine, state = make_or_resume(config, model, dtype, checkpoints, run, found, data_digest)
 
-    objective = make_objective()
+    objective = make_objective(engine)
     trackers = open_trackers(config, engine.module, dtype, run, state.step)
     hooks = Hooks(
         partial(redraw_lisa, config=config, dtype=dtype, run=run),

@@ -14,6 +14,7 @@ import torch
 
 from rlhf_cli.data.comparison_rows import ComparisonRows
 
+PADDING = -1  # segment of a token that belongs to nothing (models.prompt_sharing)
 IGNORED = -100  # torch's default ignore_index
 
 
@@ -90,6 +91,10 @@ class ComparisonBatch(NamedTuple):
 
     A batch without groups still has one row, of one padding token: N = 1 for input_ids, position_ids and last, but
     ranks and prompt_ids are empty. So scores[: len(ranks)] are the scores that count, in every batch.
+
+    rows (N,), segments (R, T): None, or R rows that hold a group each, its common start once: the row of each sequence,
+    and to which sequence a token belongs (0 = to all, 1 = to the first of its group ..., -1 = padding). input_ids and
+    position_ids are (R, T) then, and `last` counts within the row.
     """
 
     input_ids: torch.Tensor
@@ -100,6 +105,32 @@ class ComparisonBatch(NamedTuple):
     margins: torch.Tensor
     labels: torch.Tensor
     num_groups: int
+    rows: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+
+
+def collate_sharing(rows: ComparisonRows, groups: Sequence[int], pad_id: int) -> ComparisonBatch:
+    """As collate_comparisons, with one row per group that holds what all its sequences begin with only once."""
+    shape = (max(1, len(groups)), int(rows.shared_lengths[np.array(groups, np.int64)].max(initial=1)))
+    input_ids, position_ids = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64)
+    segments = np.full(shape, PADDING, np.int64)
+    last, row_of = [], []
+    for row, group in enumerate(groups):
+        end = common = int(rows.common_starts[group])
+        for number, sequence in enumerate(rows.sequences(group), start=1):
+            ids = rows.ids(sequence)
+            start, end = end, end + len(ids) - common
+            input_ids[row, :common], input_ids[row, start:end] = ids[:common], ids[common:]
+            position_ids[row, :common], position_ids[row, start:end] = np.arange(common), np.arange(common, len(ids))
+            segments[row, :common], segments[row, start:end] = 0, number
+            last.append(end - 1 if end > start else common - 1)
+            row_of.append(row)
+    apart = _told(rows, groups)
+    tensor = torch.from_numpy
+    return ComparisonBatch(
+        tensor(input_ids), tensor(position_ids), tensor(np.array(last or [0], np.int64)), *apart,
+        rows=tensor(np.array(row_of or [0], np.int64)), segments=tensor(segments),
+    )  # fmt: skip
 
 
 def collate_comparisons(rows: ComparisonRows, groups: Sequence[int], pad_id: int) -> ComparisonBatch:
@@ -112,19 +143,20 @@ def collate_comparisons(rows: ComparisonRows, groups: Sequence[int], pad_id: int
         input_ids[i, : len(ids)] = ids
     position_ids = np.broadcast_to(np.arange(shape[1]), shape).copy()
     last = np.array([len(ids) - 1 for ids in lines], np.int64)
-    chosen = np.array(groups, np.int64)
-    prompt_ids = np.repeat(np.arange(len(groups)), rows.counts[chosen])
     tensor = torch.from_numpy
-    return ComparisonBatch(
-        tensor(input_ids),
-        tensor(position_ids),
-        tensor(last),
-        tensor(rows.ranks[np.array(sequences, np.int64)]),
-        tensor(prompt_ids),
-        tensor(rows.margins[chosen]),
-        tensor(rows.labels[chosen]),
-        len(groups),
-    )
+    return ComparisonBatch(tensor(input_ids), tensor(position_ids), tensor(last), *_told(rows, groups))
+
+
+def _told(
+    rows: ComparisonRows, groups: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """ranks, prompt_ids, margins, labels, num_groups of a ComparisonBatch."""
+    chosen = np.array(groups, np.int64)
+    sequences = np.array([sequence for group in groups for sequence in rows.sequences(group)], np.int64)
+    prompt_ids = np.repeat(np.arange(len(groups)), rows.counts[chosen])
+    arrays = (rows.ranks[sequences], prompt_ids, rows.margins[chosen], rows.labels[chosen])
+    ranks, prompts, margins, labels = (torch.from_numpy(array) for array in arrays)
+    return ranks, prompts, margins, labels, len(groups)
 
 
 def _empty(pad_id: int) -> Batch:

@@ -101,6 +101,12 @@ class ComparisonRows:
             common[start : start + COMPARED_GROUPS] = self._common(common, start)
         return common
 
+    @cached_property
+    def shared_lengths(self) -> np.ndarray:
+        """(G,) tokens of each group when its common start is counted once."""
+        total = np.add.reduceat(self.lengths, self.groups[:-1]) if len(self) else np.zeros(0, np.int64)
+        return total - (self.counts - 1) * self.common_starts
+
     def _common(self, shortest: np.ndarray, start: int) -> np.ndarray:
         """common_starts of the groups from `start` on, each at most as long as its shortest sequence."""
         end = min(start + COMPARED_GROUPS, len(self))

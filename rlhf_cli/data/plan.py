@@ -122,6 +122,7 @@ def plan_groups(
     world_size: int,
     micro_batch_size: int,
     sequences_per_row: int,
+    shared_lengths: np.ndarray | None = None,
 ) -> list[list[list[int]]]:
     """As plan_step, for rows that are groups of sequences which stay together: [rank][micro-batch] = group numbers.
 
@@ -129,11 +130,13 @@ def plan_groups(
     counts for what it costs; there are never more micro-batches than it takes to give each group its own.
 
     groups (B,): group numbers; counts (B,): their sequences; longest (B,): tokens of their longest sequence.
+    shared_lengths (B,): tokens of each group where a group is one row that holds its prompt once.
     """
-    order = np.argsort(-longest, kind="stable")
+    sizes, widths = (longest, counts) if shared_lengths is None else (shared_lengths, np.ones_like(counts))
+    order = np.argsort(-sizes, kind="stable")
     fits = math.ceil(int(counts.sum()) / (sequences_per_row * micro_batch_size * world_size))
     per_rank = max(1, min(fits, math.ceil(len(groups) / world_size)))
-    runs = _deal(longest[order].tolist(), counts[order].tolist(), per_rank, world_size)
+    runs = _deal(sizes[order].tolist(), widths[order].tolist(), per_rank, world_size)
     return [[groups[order[start:end]].tolist() for start, end in rank] for rank in runs]
 
 

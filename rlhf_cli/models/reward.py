@@ -6,6 +6,8 @@
 
 Shapes: N sequences, T positions, H width, C scores of each (1, or one per label). last (N,) is the index of the last
 kept token, which the score is read at. It is never found by looking for padding, since a text may contain that token.
+With segments (R, T) the R rows hold several sequences each that share a prompt (see prompt_sharing), and rows (N,) says
+which row each of them is in.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from rlhf_cli.models.load import (
 )
 from rlhf_cli.models.lora import plain_model, wrapped_copies
 from rlhf_cli.models.memory import meta_model
+from rlhf_cli.models.prompt_sharing import sharing_mask
 from rlhf_cli.models.scratch import new_model
 from rlhf_cli.schema import ModelConfig
 
@@ -216,17 +219,29 @@ def enable_scores(model: nn.Module) -> None:
 
 def _forward_with_last(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def forward(self: nn.Module, *args: Any, last: Tensor | None = None, **kwargs: Any) -> Any:
-        return original(self, *args, **kwargs) if last is None else _scores(self, last, kwargs)
+    def forward(
+        self: nn.Module,
+        *args: Any,
+        last: Tensor | None = None,
+        rows: Tensor | None = None,
+        segments: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        return original(self, *args, **kwargs) if last is None else _scores(self, last, rows, segments, kwargs)
 
     return forward
 
 
-def _scores(model: nn.Module, last: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """inputs: input_ids, position_ids and whatever else the backbone takes, each (N, T); last (N,) -> (N, C)."""
+def _scores(
+    model: nn.Module, last: Tensor, rows: Tensor | None, segments: Tensor | None, inputs: dict[str, Any]
+) -> Tensor:
+    """inputs: input_ids, position_ids and whatever else the backbone takes, each (R, T), R = N without segments (R, T);
+    last, rows (N,) -> (N, C)."""
     base = plain_model(model)
+    if segments is not None:
+        inputs["attention_mask"] = sharing_mask(segments, base.config, base.dtype)
     hidden = base.base_model(**inputs, use_cache=False).last_hidden_state
-    picked = hidden[torch.arange(len(last), device=hidden.device), last]
+    picked = hidden[torch.arange(len(last), device=hidden.device) if rows is None else rows, last]
     # The head module's own call, so that hooks which bring its weights (ZeRO-3) and PEFT's trained copy take part.
     scores: Tensor = base.score(picked, exact=True)
     return scores

@@ -232,6 +232,9 @@ class ComparisonConfig:
     center_coef: float = opt(
         0.0, "pairs and rankings: weight of (r_better + r_worse)^2, which keeps scores around 0; 0.01 is usual", ge=0
     )
+    share_prompts: Literal["auto", "never"] = opt(
+        "auto", "pairs and rankings: compute a prompt once for all its answers, where the model allows it and it pays"
+    )
     class_weights: Literal["none", "balanced"] = opt("none", "labels: balanced = every class weighs the same")
     reference: Literal["chosen", "rejected", "all"] = opt(
         "chosen", "responses of the evaluation rows whose score mean and std are stored for ppo and raft"

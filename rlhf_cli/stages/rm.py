@@ -27,7 +27,7 @@ def fit(config: RmConfig, run_dir: Path, process: RankProcess, ranks: Ranks) -> 
     text = load_text(config, run_dir, run)
     data = load_data(config, text, run, prepare_comparisons)
     run.say(describe(data))
-    objective = lambda: ComparisonObjective(config, data, text, run)
+    objective = lambda engine: ComparisonObjective(config, data, text, run, engine)
     return training.train_to_end(config, run, text, task_of(data), objective, data.digest)
 
 

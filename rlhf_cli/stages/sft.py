@@ -28,7 +28,7 @@ def fine_tune(config: SftConfig, run_dir: Path, process: RankProcess, ranks: Ran
     run = open_run(config, run_dir, process, ranks)
     text = load_text(config, run_dir, run)
     data = load_data(config, text, run, prepare)
-    objective = lambda: LanguageModelObjective(config, data, text, run)
+    objective = lambda _: LanguageModelObjective(config, data, text, run)
     return training.train_to_end(config, run, text, TASK, objective, data.digest)
 
 
