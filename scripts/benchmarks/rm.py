@@ -30,7 +30,7 @@ from _process import directory  # noqa: E402
 
 VARIANTS = {
     "ours": Variant("ours", {}),
-    "ours, answers apart": Variant("ours", {"overrides": ["rm.share_prompts=never"]}),
+    "ours-apart": Variant("ours", {"overrides": ["rm.share_prompts=never"]}),
     "ours+checkpointing": Variant("ours", {"checkpointing": True}),
     "trl": Variant("trl", {}),
     "trl-defaults": Variant("trl", {"defaults": True}),  # gradient checkpointing, bf16 autocast
