@@ -81,7 +81,7 @@ def test_wrong_requests_exit_2_without_a_traceback(tmp_path: Path, arguments: li
 
 def test_completion_offers_keys_recipes_groups_and_values() -> None:
     complete = lambda *w: rlhf("__complete", *w).stdout.split()
-    assert complete("s") == ["sft"]
+    assert complete("s") == ["sft", "score"]
     assert "optim.lr=" in complete("sft", "optim.")
     assert complete("sft", "conf=hh_rlhf") == ["conf=hh_rlhf_llama_7b"]
     assert "deepspeed=zero3" in complete("sft", "conf=x", "deepspeed=z")

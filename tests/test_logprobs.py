@@ -200,21 +200,22 @@ def test_chunk_rows() -> None:
 
 
 PEAK = """
-import resource, sys, torch
+import sys, torch
 from rlhf_cli.ops.logprobs import gather_logprobs, linear_cross_entropy
+from rlhf_cli.runtime.peak_memory import peak_memory_gb
 torch.manual_seed(0)
 N, V, H = 8192, 8192, 16  # N x V in fp32 is 256 MiB
 hidden, weight = torch.randn(N, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
 targets = torch.randint(0, V, (N,))
 linear_cross_entropy(hidden[:8], weight, None, targets[:8]).backward()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_memory_gb(torch.device("cpu"))
 if sys.argv[1] == "loss":
     linear_cross_entropy(hidden, weight, None, targets).backward()
 elif sys.argv[1] == "gather":
     gather_logprobs(hidden.view(8, -1, H), weight, targets.view(8, -1)).sum().backward()
 else:
     torch.nn.functional.cross_entropy(hidden @ weight.T, targets).backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((peak_memory_gb(torch.device("cpu")) - before) * 1024)
 """
 
 
