@@ -220,7 +220,8 @@ print((peak_memory_gb(torch.device("cpu")) - before) * 1024)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("path", "low", "high"), [("loss", 0, 100), ("gather", 0, 100), ("logits", 400, 2000)])
+@pytest.mark.parametrize(("path", "low", "high"), [("loss", 0, 200), ("gather", 0, 200), ("logits", 400, 2000)])
 def test_peak_memory_in_mib(path: str, low: float, high: float) -> None:
+    """Less than one N x V matrix; how much less is the allocator's mood (it may keep a chunk that was freed)."""
     run = subprocess.run([sys.executable, "-c", PEAK, path], capture_output=True, text=True, check=True)
     assert low <= float(run.stdout) < high
