@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
 from rlhf_cli.data.comparison_rows import ComparisonRows
-from rlhf_cli.data.comparison_stream import comparison_texts
 from rlhf_cli.data.comparisons import PreparedComparisons
 from rlhf_cli.data.dataset import Prepared
 from rlhf_cli.data.seen import find_seen, save_row_digests
-from rlhf_cli.data.stream import train_texts
 from rlhf_cli.data.templates import TEMPLATES, Template, resolve_template
 from rlhf_cli.data.token_rows import TokenRows
 from rlhf_cli.errors import CheckpointError, ModelError
@@ -34,12 +33,20 @@ from rlhf_cli.runtime.distributed import barrier, local_first
 from rlhf_cli.runtime.engine import Engine, gathered_state_dict, make_engine, param_groups, sharded_loading
 from rlhf_cli.runtime.engine_state import hold_state, restore_state
 from rlhf_cli.runtime.manifest import model_dir
-from rlhf_cli.schema import RmConfig, TrainedConfig
+from rlhf_cli.schema import TrainedConfig
 
 WEIGHTS = "weights"  # a checkpoint's directory of whole weights
 
 PreparedT = TypeVar("PreparedT", Prepared, PreparedComparisons)
-Prepare = Callable[[Any, Any, str, Template, Callable[[str], None]], PreparedT]  # data.dataset.prepare and its kin
+
+
+@dataclass(frozen=True)
+class Reading(Generic[PreparedT]):
+    """How a stage reads its data. prepare: as data.dataset.prepare; texts: as data.stream.train_texts, to train a
+    tokenizer on."""
+
+    prepare: Callable[[Any, Any, str, Template, Callable[[str], None]], PreparedT]
+    texts: Callable[[Any, Template], Iterator[str]]
 
 
 class Task(NamedTuple):
@@ -70,12 +77,12 @@ class Text(NamedTuple):
 # --- tokenizer and data
 
 
-def load_text(config: TrainedConfig, run_dir: Path, run: Run | None) -> Text:
+def load_text(config: TrainedConfig, run_dir: Path, run: Run | None, reading: Reading[Any]) -> Text:
     """The tokenizer, trained or loaded, and the template. A trained one is kept in the run directory."""
     settings = config.model.tokenizer
     stored = None
     if settings.train != "none":
-        tokenizer = _trained_tokenizer(config, run_dir / "tokenizer", run)
+        tokenizer = _trained_tokenizer(config, run_dir / "tokenizer", run, reading)
     else:
         source = settings.path or config.model.path
         assert source is not None, "checked by the schema"
@@ -88,17 +95,12 @@ def load_text(config: TrainedConfig, run_dir: Path, run: Run | None) -> Text:
     return Text(tokenizer, resolve_template(config.data.template, stored, tokenizer), new_tokens)
 
 
-def _trained_tokenizer(config: TrainedConfig, folder: Path, run: Run | None) -> Any:
+def _trained_tokenizer(config: TrainedConfig, folder: Path, run: Run | None, reading: Reading[Any]) -> Any:
     settings = config.model.tokenizer
     assert settings.train != "none"
     template = TEMPLATES.get(config.data.template, TEMPLATES["none"])  # a new tokenizer has no template of its own
     if (run is None or run.ranks.is_main) and not folder.is_dir():
-        texts = (
-            comparison_texts(config.data, template)
-            if isinstance(config, RmConfig)
-            else train_texts(config.data, template)
-        )
-        trained = train_tokenizer(settings.train, texts, settings.vocab_size)
+        trained = train_tokenizer(settings.train, reading.texts(config.data, template), settings.vocab_size)
         with directory_aside(folder) as aside:
             trained.save_pretrained(aside)
     if run is not None:
@@ -120,7 +122,7 @@ def describe_template(template: Template, data: Prepared | PreparedComparisons) 
     return line
 
 
-def load_data(config: TrainedConfig, text: Text, run: Run, prepare: Prepare[PreparedT]) -> PreparedT:
+def load_data(config: TrainedConfig, text: Text, run: Run, reading: Reading[PreparedT]) -> PreparedT:
     """Token rows, from the cache or made by the first rank of each machine.
 
     What is trained on is kept in the run directory, for later stages to know; what an earlier stage trained on and
@@ -128,7 +130,7 @@ def load_data(config: TrainedConfig, text: Text, run: Run, prepare: Prepare[Prep
     """
     with local_first(run.ranks):
         report = run.say if run.ranks.is_main else print
-        data = prepare(config.data, text.tokenizer, tokenizer_digest(text.tokenizer), text.template, report)
+        data = reading.prepare(config.data, text.tokenizer, tokenizer_digest(text.tokenizer), text.template, report)
     run.update_manifest(template=text.template.name, data=data.info)
     run.say(describe_template(text.template, data))
     if run.ranks.is_main:

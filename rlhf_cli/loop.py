@@ -35,7 +35,8 @@ class Micro(NamedTuple):
     sums: dict[str, torch.Tensor]
 
 
-class StepData(NamedTuple, Generic[BatchT]):
+@dataclass(frozen=True)
+class StepData(Generic[BatchT]):
     """What one optimizer step trains on.
 
     micro_batches: this rank's; as many on every rank. normaliser: loss terms of the whole step over all ranks, the

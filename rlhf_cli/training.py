@@ -18,8 +18,8 @@ from torch import nn
 
 from rlhf_cli.assemble import (
     WEIGHTS,
-    Prepare,
     PreparedT,
+    Reading,
     Task,
     Text,
     build_model,
@@ -87,12 +87,12 @@ def train_to_end(
 
 
 def dry_run(
-    config: TrainedConfig, world_size: int, prepare: Prepare[PreparedT], task_of: Callable[[PreparedT], Task]
+    config: TrainedConfig, world_size: int, reading: Reading[PreparedT], task_of: Callable[[PreparedT], Task]
 ) -> None:
     """Open data and model for a job of `world_size` ranks and print what it would do. Weights are not loaded."""
     with tempfile.TemporaryDirectory() as scratch:
-        text = load_text(config, Path(scratch), None)
-    data = prepare(config.data, text.tokenizer, tokenizer_digest(text.tokenizer), text.template, print)
+        text = load_text(config, Path(scratch), None, reading)
+    data = reading.prepare(config.data, text.tokenizer, tokenizer_digest(text.tokenizer), text.template, print)
     architecture = model_config(config, text, task_of(data))
     check_length(architecture, config.data.max_length)
     # Several ranks are several GPUs, also when they are planned on a machine without.

@@ -14,7 +14,6 @@ from rlhf_cli.schema import (
     ModelConfig,
     RmConfig,
     ScoreConfig,
-    SftConfig,
     StageConfig,
     TrainedConfig,
 )
@@ -27,7 +26,7 @@ def check_request(config: StageConfig, world_size: int, has_gpu: bool, weights_n
     weights_needed: False for a dry run, which needs a model's config only.
     """
     match config:
-        case SftConfig() | RmConfig():
+        case TrainedConfig():
             yield from _check_training(config, world_size, has_gpu, weights_needed)
         case MergeLoraConfig():
             yield from check_merge(config)

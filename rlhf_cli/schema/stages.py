@@ -40,22 +40,37 @@ class StageConfig:
 
 
 @dataclass
-class SftConfig(StageConfig):
-    """Supervised fine-tuning of a causal language model, or pre-training from scratch."""
+class TrainedConfig(StageConfig):
+    """What a stage has that trains one model by the supervised loop."""
 
-    stage: Literal["sft"] = opt("sft", "the stage this config is for")
     model: ModelConfig = section(ModelConfig, "the model to start from")
     lora: LoraConfig = section(LoraConfig, "low-rank adapters")
-    data: DataConfig = section(DataConfig, "what is read and how it becomes tokens")
+    data: TrainingSourceConfig = section(TrainingSourceConfig, "what is read and how it becomes tokens")
     optim: OptimConfig = section(OptimConfig, "AdamW and its schedule")
     train: TrainConfig = section(TrainConfig, "length and rhythm of the training")
     deepspeed: DeepspeedConfig = section(DeepspeedConfig, "how the training is spread over the ranks")
     launch: LaunchConfig = section(LaunchConfig, "how the ranks are started")
-    generation: GenerationConfig = section(GenerationConfig, "sample texts at each evaluation")
     logging: LoggingConfig = section(LoggingConfig, "where progress is shown")
 
     def check(self) -> Iterator[Problem]:
-        yield from check_training(self)
+        yield from check_adapters(self.model, self.lora, self.deepspeed)
+        if self.train.early_stopping.patience and not has_eval(self.data):
+            yield Problem(
+                "train.early_stopping.patience",
+                "needs evaluation data: set data.validation_split_percentage or data.eval_path",
+            )
+
+
+@dataclass
+class SftConfig(TrainedConfig):
+    """Supervised fine-tuning of a causal language model, or pre-training from scratch."""
+
+    stage: Literal["sft"] = opt("sft", "the stage this config is for")
+    data: DataConfig = section(DataConfig, "what is read and how it becomes tokens")
+    generation: GenerationConfig = section(GenerationConfig, "sample texts at each evaluation")
+
+    def check(self) -> Iterator[Problem]:
+        yield from super().check()
         if self.data.format in ("prompts", "labelled") and not self.data.row_format:
             yield Problem(
                 "data.format",
@@ -65,7 +80,7 @@ class SftConfig(StageConfig):
 
 
 @dataclass
-class RmConfig(StageConfig):
+class RmConfig(TrainedConfig):
     """Reward model from pairs, rankings or labelled texts."""
 
     stage: Literal["rm"] = opt("rm", "the stage this config is for")
@@ -73,14 +88,6 @@ class RmConfig(StageConfig):
     lora: LoraConfig = section(LoraConfig, "low-rank adapters; the head is trained in full beside them")
     data: ComparisonDataConfig = section(ComparisonDataConfig, "pairs, rankings or labelled texts")
     rm: ComparisonConfig = section(ComparisonConfig, "what is learnt from them, and what is said of the scores")
-    optim: OptimConfig = section(OptimConfig, "AdamW and its schedule")
-    train: TrainConfig = section(TrainConfig, "length and rhythm of the training")
-    deepspeed: DeepspeedConfig = section(DeepspeedConfig, "how the training is spread over the ranks")
-    launch: LaunchConfig = section(LaunchConfig, "how the ranks are started")
-    logging: LoggingConfig = section(LoggingConfig, "where progress is shown")
-
-    def check(self) -> Iterator[Problem]:
-        yield from check_training(self)
 
 
 @dataclass
@@ -105,19 +112,6 @@ class ScoreConfig(StageConfig):
     def check(self) -> Iterator[Problem]:
         if self.data.format == "prompts":
             yield Problem("data.format", "prompts has no response to score; use text2text, paired, ranked or text_only")
-
-
-TrainedConfig = SftConfig | RmConfig  # stages that train one model by the supervised loop
-
-
-def check_training(config: TrainedConfig) -> Iterator[Problem]:
-    """What the sections of a supervised training rule out in each other."""
-    yield from check_adapters(config.model, config.lora, config.deepspeed)
-    if config.train.early_stopping.patience and not has_eval(config.data):
-        yield Problem(
-            "train.early_stopping.patience",
-            "needs evaluation data: set data.validation_split_percentage or data.eval_path",
-        )
 
 
 def has_eval(data: TrainingSourceConfig) -> bool:

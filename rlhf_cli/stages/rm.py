@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf_cli import training
-from rlhf_cli.assemble import Task, load_data, load_text
+from rlhf_cli.assemble import Reading, Task, load_data, load_text
 from rlhf_cli.comparison_objective import ComparisonObjective
+from rlhf_cli.data.comparison_stream import comparison_texts
 from rlhf_cli.data.comparisons import PreparedComparisons, prepare_comparisons
 from rlhf_cli.run import open_run
 from rlhf_cli.runtime.distributed import Ranks, init, shutdown
 from rlhf_cli.runtime.process import RankProcess
 from rlhf_cli.schema import RmConfig
+
+READING = Reading(prepare_comparisons, comparison_texts)
 
 
 def run(config: RmConfig, run_dir: Path, process: RankProcess) -> None:
@@ -24,8 +27,8 @@ def run(config: RmConfig, run_dir: Path, process: RankProcess) -> None:
 def fit(config: RmConfig, run_dir: Path, process: RankProcess, ranks: Ranks) -> dict[str, float]:
     """Train as the config says. Returns the final figures, which are also in the manifest; {} when interrupted."""
     run = open_run(config, run_dir, process, ranks)
-    text = load_text(config, run_dir, run)
-    data = load_data(config, text, run, prepare_comparisons)
+    text = load_text(config, run_dir, run, READING)
+    data = load_data(config, text, run, READING)
     run.say(describe(data))
     objective = lambda engine: ComparisonObjective(config, data, text, run, engine)
     return training.train_to_end(config, run, text, task_of(data), objective, data.digest)
@@ -44,4 +47,4 @@ def describe(data: PreparedComparisons) -> str:
 
 def dry_run(config: RmConfig, world_size: int) -> None:
     """Print what a job of `world_size` ranks would do."""
-    training.dry_run(config, world_size, prepare_comparisons, task_of)
+    training.dry_run(config, world_size, READING, task_of)
