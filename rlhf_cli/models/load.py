@@ -144,7 +144,9 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     """
     if not model.supports_gradient_checkpointing:
         raise ModelError(f"model.gradient_checkpointing: {type(model).__name__} has none; set it to false")
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    # transformers 5.20, the last one for Python 3.10, knows it by its older name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def grow_embeddings(model: PreTrainedModel, num_tokens: int) -> int:
