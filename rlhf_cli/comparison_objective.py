@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PretrainedConfig
 
 from rlhf_cli.assemble import Text
 from rlhf_cli.data import plan
@@ -19,11 +20,10 @@ from rlhf_cli.errors import RunFailed
 from rlhf_cli.files import write_json, write_text
 from rlhf_cli.judgement import Judgement, judge
 from rlhf_cli.loop import Conclusion, Micro, StepData, heed_stop
-from rlhf_cli.models.lora import plain_model
 from rlhf_cli.models.prompt_sharing import why_not_shared
 from rlhf_cli.ops.losses import classification_loss, kwise_reward_loss, pairwise_reward_loss
 from rlhf_cli.run import Run
-from rlhf_cli.runtime.distributed import any_rank, gather_objects
+from rlhf_cli.runtime.distributed import gather_objects
 from rlhf_cli.runtime.engine import Engine
 from rlhf_cli.runtime.plots import plot_judgement
 from rlhf_cli.schema import RmConfig
@@ -38,7 +38,9 @@ MOST_SHARED_TOKENS = 4096
 class ComparisonObjective:
     """Bradley-Terry on pairs, its mean over each prompt's pairs on rankings, cross-entropy on labels."""
 
-    def __init__(self, config: RmConfig, data: PreparedComparisons, text: Text, run: Run, engine: Engine):
+    def __init__(
+        self, config: RmConfig, data: PreparedComparisons, text: Text, run: Run, architecture: PretrainedConfig
+    ):
         self.config, self.data, self.text, self.run = config, data, text, run
         self.rows, self.eval_rows = data.train, data.eval
         settings = config.train
@@ -46,7 +48,7 @@ class ComparisonObjective:
         self.total_steps = plan.num_steps(
             self.course.per_epoch, settings.global_batch_size, settings.epochs, settings.max_steps
         )
-        self.shares = self._sharing_pays(engine)
+        self.shares = self._sharing_pays(architecture)
         self.class_weights = class_weights(data) if config.rm.class_weights == "balanced" else None
 
     def epoch(self, step: int) -> float:
@@ -130,32 +132,22 @@ class ComparisonObjective:
         scores = engine.forward(**{name: tensor.to(device, non_blocking=True) for name, tensor in given.items()})
         return scores[: len(batch.ranks)], batch
 
-    def _sharing_pays(self, engine: Engine) -> bool:
-        """Whether rows hold a prompt once for all its answers: it must save work, and leave the scores as they are."""
-        self.shares = False
+    def _sharing_pays(self, architecture: PretrainedConfig) -> bool:
+        """Whether rows hold a prompt once for all its answers: it must save work, and leave the scores as they are.
+
+        Told from config and data alone: a run that goes on has to decide as it did before.
+        """
         saved = 1 - self.rows.shared_lengths.sum() / max(1, self.rows.lengths.sum())
-        fits = self.rows.shared_lengths.max(initial=0) <= MOST_SHARED_TOKENS
+        sides = [self.rows] if self.eval_rows is None else [self.rows, self.eval_rows]
+        fits = all(rows.shared_lengths.max(initial=0) <= MOST_SHARED_TOKENS for rows in sides)
         if self.config.rm.share_prompts == "never" or self.data.kind == "labels" or saved < LEAST_SAVED or not fits:
             return False
-        reason = why_not_shared(plain_model(engine.module).config) or self._difference(engine)
+        reason = why_not_shared(architecture)
         if reason is None:
             self.run.say(f"prompts are computed once for all their answers: {saved:.0%} of the tokens are saved")
         else:
             self.run.say(f"prompts are computed once for each answer: {reason}")
         return reason is None
-
-    @torch.no_grad()
-    def _difference(self, engine: Engine) -> str | None:
-        """What a shared prompt changes in the scores of two short rows, beyond rounding; None for nothing."""
-        few = np.argsort(self.rows.shared_lengths, kind="stable")[:2].tolist()
-        engine.eval()
-        apart, _ = self._scores(engine, self.rows, few)
-        self.shares = True
-        together, _ = self._scores(engine, self.rows, few)
-        engine.train()
-        rounding = 100 * torch.finfo(next(engine.module.parameters()).dtype).eps
-        differs = not torch.allclose(apart, together, rtol=rounding, atol=rounding)
-        return "this model's scores would differ" if any_rank(differs) else None
 
     @torch.no_grad()
     def _judge(self, engine: Engine, source: ComparisonRows, to_the_end: bool = False) -> Judgement:

@@ -38,6 +38,32 @@ def run_of(place: Path) -> Path | None:
     return place.parent if output.get("path") == place.name else None
 
 
+def why_unfinished(run_dir: Path, manifest: dict[str, Any]) -> str | None:
+    """What to tell a user who names a run that did not come to its end; None for one that did."""
+    stage, status = manifest.get("stage", "?"), manifest.get("status", "not started")
+    if status == "complete":
+        return None
+    return (
+        f"{run_dir} is a run of `rlhf {stage}` that is not finished (status: {status});"
+        " finish it first: the same command again continues it"
+    )
+
+
+def output_dir(run_dir: Path, kinds: tuple[str, ...], named: str, advice: str = "") -> Path:
+    """Where the result of a finished run lies. kinds: what it may be; named: the run as the user wrote it.
+
+    Raises ModelError when there is none of that kind.
+    """
+    manifest = read_manifest(run_dir)
+    output = manifest.get("output") or {}
+    if manifest.get("status") != "complete" or output.get("kind") not in kinds:
+        raise ModelError(
+            f"{named} holds no finished {' or '.join(kinds)} (stage {manifest.get('stage')}, status"
+            f" {manifest.get('status')}, kind {output.get('kind')}){advice}"
+        )
+    return run_dir / str(output["path"])
+
+
 def update_manifest(run_dir: Path, **changes: Any) -> dict[str, Any]:
     """Change some entries of the manifest; a `status` that ends the run sets `finished`."""
     manifest = read_manifest(run_dir) | changes

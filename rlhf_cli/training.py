@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from rlhf_cli.assemble import (
     WEIGHTS,
@@ -53,7 +54,7 @@ def train_to_end(
     run: Run,
     text: Text,
     task: Task,
-    make_objective: Callable[[Engine], Objective[Any]],
+    make_objective: Callable[[PretrainedConfig], Objective[Any]],
     data_digest: str,
 ) -> dict[str, float]:
     """Train as the config says. Returns the final figures, which are also in the manifest; {} when interrupted."""
@@ -65,7 +66,7 @@ def train_to_end(
         checkpoints.extras[WEIGHTS] = whole_weights(config, model, text, task)
     engine, state = make_or_resume(config, model, dtype, checkpoints, run, found, data_digest)
 
-    objective = make_objective(engine)
+    objective = make_objective(plain_model(engine.module).config)
     trackers = open_trackers(config, engine.module, dtype, run, state.step)
     hooks = Hooks(
         partial(redraw_lisa, config=config, dtype=dtype, run=run),

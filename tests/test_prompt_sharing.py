@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import GPTNeoConfig, MistralConfig
+from transformers import GPTNeoConfig, MistralConfig, OPTConfig, PretrainedConfig, Qwen2Config
 
 from rlhf_cli.data.collate import ComparisonBatch, collate_comparisons, collate_sharing
 from rlhf_cli.data.comparison_rows import ComparisonRows
 from rlhf_cli.data.plan import plan_groups
 from rlhf_cli.models.lora import add_lora
-from rlhf_cli.models.prompt_sharing import sharing_mask, why_not_shared
+from rlhf_cli.models.prompt_sharing import KNOWN, sharing_mask, why_not_shared
 from rlhf_cli.models.reward import enable_scores, new_reward_model
 from rlhf_cli.schema import LoraConfig
 from tests.tiny_models import ARCHS, noisy, tiny_config
@@ -93,6 +93,32 @@ def test_scores_and_gradients_are_those_of_answers_one_by_one(arch: str, lora: b
         torch.testing.assert_close(shared, apart, atol=1e-4, rtol=1e-3)
 
 
+SHAPE = {"vocab_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": PAD}
+OTHERS = [
+    MistralConfig(**SHAPE, num_key_value_heads=2, intermediate_size=48, sliding_window=None),
+    Qwen2Config(**SHAPE, num_key_value_heads=2, intermediate_size=48, use_sliding_window=False),
+    OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
+]
+
+
+def test_every_type_that_is_said_to_share_is_tried() -> None:
+    assert {tiny_config(arch).model_type for arch in ARCHS} | {config.model_type for config in OTHERS} == set(KNOWN)
+
+
+@pytest.mark.parametrize("config", OTHERS, ids=lambda config: config.model_type)
+def test_scores_of_further_types_are_those_of_answers_one_by_one(config: PretrainedConfig) -> None:
+    model = noisy(new_reward_model(config, None, torch.float32, 0, "sdpa"))
+    assert why_not_shared(model.config) is None
+    enable_scores(model)
+    rows = rows_of(GROUPS)
+    with torch.no_grad():
+        apart, shared = (
+            scores_of(model, collate(rows, [2, 0, 1], PAD)) for collate in (collate_comparisons, collate_sharing)
+        )
+    torch.testing.assert_close(shared, apart, atol=1e-5, rtol=1e-5)
+    assert float(apart.std()) > 0.01, "scores must differ for this to mean anything"
+
+
 def test_an_empty_batch_takes_part_and_counts_nothing() -> None:
     model = new_reward_model(tiny_config(), None, torch.float32, 0)
     enable_scores(model)
@@ -112,6 +138,9 @@ def test_windows_and_unknown_models_are_left_alone() -> None:
     assert "window" in str(why_not_shared(mistral))
     mistral.sliding_window = None
     assert why_not_shared(mistral) is None
+    mistral.auto_map = {"AutoModelForSequenceClassification": "modeling.Own"}
+    assert "code of its own" in str(why_not_shared(mistral))
+    del mistral.auto_map
     mistral._attn_implementation = "flash_attention_2"
     assert "takes no mask" in str(why_not_shared(mistral))
 

@@ -16,8 +16,7 @@ from rlhf_cli.data.rows import DialogueRow, LabelledRow, Message, PairRow, Ranke
 from rlhf_cli.reward import open_reward
 from rlhf_cli.reward.records import Summary, texts_of
 from rlhf_cli.rundir import read_manifest
-from rlhf_cli.schema import ScoreConfig
-from rlhf_cli.schema.sections import LaunchConfig, RewardConfig, RewardSourceConfig, SourceConfig
+from rlhf_cli.schema import LaunchConfig, RewardConfig, RewardSourceConfig, ScoreConfig, SourceConfig
 from rlhf_cli.stages import score
 from tests.reward_models import write_decoder, write_run
 from tests.score_cases import words

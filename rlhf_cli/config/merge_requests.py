@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_cli.config.paths import check_model_path, looks_local, near
 from rlhf_cli.errors import ModelError, Problem
-from rlhf_cli.rundir import read_manifest
+from rlhf_cli.rundir import read_manifest, why_unfinished
 from rlhf_cli.schema import MergeLoraConfig
 
 ADAPTER, BASE = "merge.adapter", "merge.base"
@@ -44,13 +44,9 @@ def check_merge(config: MergeLoraConfig) -> Iterator[Problem]:
 
 
 def _check_run(run_dir: Path, manifest: dict[str, Any]) -> Problem | None:
-    stage, status = manifest.get("stage", "?"), manifest.get("status", "not started")
-    if status != "complete":
-        return Problem(
-            ADAPTER,
-            f"{run_dir} is a run of `rlhf {stage}` that is not finished (status: {status});"
-            " finish it first: the same command again continues it",
-        )
+    unfinished = why_unfinished(run_dir, manifest)
+    if unfinished:
+        return Problem(ADAPTER, unfinished)
     kind = manifest["output"]["kind"]
     if kind != "adapter":
         return Problem(

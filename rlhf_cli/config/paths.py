@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf_cli.errors import ModelError, Problem
-from rlhf_cli.rundir import read_manifest
+from rlhf_cli.rundir import read_manifest, why_unfinished
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?$")
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".gz")
@@ -83,13 +83,9 @@ def check_run(key: str, run_dir: Path, kinds: tuple[str, ...]) -> Iterator[Probl
     except ModelError as error:
         yield Problem(key, str(error))
         return
-    stage, status = manifest.get("stage", "?"), manifest.get("status", "not started")
-    if status != "complete":
-        yield Problem(
-            key,
-            f"{run_dir} is a run of `rlhf {stage}` that is not finished (status: {status});"
-            " finish it first: the same command again continues it",
-        )
+    unfinished = why_unfinished(run_dir, manifest)
+    if unfinished:
+        yield Problem(key, unfinished)
         return
     kind = manifest["output"]["kind"]
     if kind == "adapter":

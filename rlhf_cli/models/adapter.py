@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.tensor_files import StoredTensor, in_memory, stored_tensors
-from rlhf_cli.rundir import read_manifest, run_of
+from rlhf_cli.rundir import output_dir, read_manifest, run_of
 
 Task = Literal["causal_lm", "sequence_classification"]
 TASKS: dict[str | None, Task | None] = {
@@ -126,14 +126,8 @@ def locate_adapter(given: str) -> tuple[Path, dict[str, Any]]:
         )
     run_dir = run_of(place)
     if run_dir is not None:
-        manifest = read_manifest(run_dir)
-        status, output = manifest.get("status"), manifest.get("output") or {}
-        if status != "complete" or output.get("kind") != "adapter":
-            raise ModelError(
-                f"merge.adapter: {given} holds no finished adapter (stage {manifest.get('stage')}, status {status},"
-                f" kind {output.get('kind')}); give it a finished run with lora.enabled=true"
-            )
-        return run_dir / output["path"], manifest
+        advice = "; give it a finished run with lora.enabled=true"
+        return output_dir(run_dir, ("adapter",), f"merge.adapter: {given}", advice), read_manifest(run_dir)
     if not (place / CONFIG).is_file():
         raise ModelError(f"merge.adapter: {given} has no {CONFIG}; allowed: a run of LoRA, or PEFT's folder")
     return place, {}

@@ -18,7 +18,7 @@ from rlhf_cli.models.load import PICKLED, read_config
 from rlhf_cli.models.source import check_source, explain_load_error
 from rlhf_cli.models.tensor_files import StoredTensor, stored_tensors
 from rlhf_cli.models.tokenizer import TOKENIZER_FILES, load_tokenizer
-from rlhf_cli.rundir import read_manifest, run_of
+from rlhf_cli.rundir import output_dir, run_of
 from rlhf_cli.schema import MergeConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -117,15 +117,8 @@ def _locate(named: str, revision: str | None, download: bool, code: bool) -> tup
         return _from_hub(named, revision, download, code), None
     run_dir = run_of(place)
     if run_dir is not None:
-        manifest = read_manifest(run_dir)
-        output = manifest.get("output") or {}
-        if manifest.get("status") != "complete" or output.get("kind") not in ("policy", "reward"):
-            raise ModelError(
-                f"merge.base: {named} holds no finished model (stage {manifest.get('stage')}, status"
-                f" {manifest.get('status')}, kind {output.get('kind')}); an adapter is merged into a plain one:"
-                " finish that run, or merge it first"
-            )
-        return run_dir / output["path"], run_dir
+        advice = "; an adapter is merged into a plain model: finish that run, or merge it first"
+        return output_dir(run_dir, ("policy", "reward"), f"merge.base: {named}", advice), run_dir
     if not (place / "config.json").is_file():
         raise ModelError(f"merge.base: {named} is neither a run directory (manifest.json) nor a model (config.json)")
     return place, None

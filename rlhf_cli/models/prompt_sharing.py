@@ -22,6 +22,8 @@ ATTENTION = ("sdpa", "eager")  # flash attention takes no mask of our own
 
 def why_not_shared(config: PretrainedConfig) -> str | None:
     """Why a model cannot take prompt-sharing rows; None when it can."""
+    if getattr(config, "auto_map", None):
+        return "the model comes with code of its own"
     if config.model_type not in KNOWN:
         return f"{config.model_type} is not known to look at masks and positions alone"
     if config._attn_implementation not in ATTENTION:

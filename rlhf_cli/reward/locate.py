@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.source import check_source
-from rlhf_cli.rundir import read_manifest, run_of
+from rlhf_cli.rundir import read_manifest, run_of, why_unfinished
 
 
 class Located(NamedTuple):
@@ -46,16 +46,13 @@ def locate(path: str, key: str) -> Located:
 def _run_output(run_dir: Path, manifest: dict[str, Any], key: str) -> Path:
     """The model directory of a finished run that holds a reward model, merged or not."""
     output = manifest.get("output") or {}
-    stage, status = manifest.get("stage"), manifest.get("status")
-    if status != "complete":
-        raise ModelError(
-            f"{key}: {run_dir} is a run of `rlhf {stage}` that is not finished (status: {status});"
-            " finish it first: the same command again continues it"
-        )
+    unfinished = why_unfinished(run_dir, manifest)
+    if unfinished:
+        raise ModelError(f"{key}: {unfinished}")
     if output.get("kind") != "reward" and output.get("task") != "sequence_classification":
         kind = {"policy": "a policy", "adapter": "the adapter of a policy"}.get(output.get("kind", ""), "no model")
         raise ModelError(
-            f"{key}: {run_dir} (a run of `rlhf {stage}`) holds {kind}; a reward model is needed here,"
+            f"{key}: {run_dir} (a run of `rlhf {manifest['stage']}`) holds {kind}; a reward model is needed here,"
             " a run of `rlhf rm`"
         )
     return run_dir / str(output["path"])

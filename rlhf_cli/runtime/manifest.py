@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli import __version__
-from rlhf_cli.errors import CheckpointError, ModelError
+from rlhf_cli.errors import CheckpointError
 from rlhf_cli.files import digest_tree, write_json
-from rlhf_cli.rundir import read_manifest, utc_now
+from rlhf_cli.rundir import output_dir, read_manifest, utc_now
 
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "transformers", "datasets", "peft", "deepspeed", "hydra-core")
@@ -81,13 +81,7 @@ def model_dir(path: str, kinds: tuple[str, ...] = ("policy",)) -> tuple[str, dic
     manifest = read_manifest(run_dir) if run_dir.is_dir() else {}
     if not manifest:
         return str(run_dir) if run_dir.is_dir() else path, {}
-    output = manifest.get("output") or {}
-    if manifest["status"] != "complete" or output.get("kind") not in kinds:
-        raise ModelError(
-            f"{path} holds no finished {' or '.join(kinds)} (stage {manifest['stage']}, status {manifest['status']},"
-            f" kind {output.get('kind')})"
-        )
-    return str(run_dir / output["path"]), manifest
+    return str(output_dir(run_dir, kinds, path)), manifest
 
 
 def _base_digest(config: dict[str, Any], found: list[dict[str, str]]) -> str | None:

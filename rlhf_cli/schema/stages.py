@@ -7,25 +7,12 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from rlhf_cli.errors import Problem
+from rlhf_cli.schema.data import ComparisonDataConfig, DataConfig, SourceConfig, TrainingSourceConfig
 from rlhf_cli.schema.fields import opt, section
-from rlhf_cli.schema.sections import (
-    ComparisonConfig,
-    ComparisonDataConfig,
-    DataConfig,
-    DeepspeedConfig,
-    GenerationConfig,
-    LaunchConfig,
-    LoggingConfig,
-    LoraConfig,
-    MergeConfig,
-    ModelConfig,
-    OptimConfig,
-    ProgressConfig,
-    RewardConfig,
-    SourceConfig,
-    TrainConfig,
-    TrainingSourceConfig,
-)
+from rlhf_cli.schema.job import DeepspeedConfig, LaunchConfig, LoggingConfig, ProgressConfig
+from rlhf_cli.schema.model import LoraConfig, MergeConfig, ModelConfig
+from rlhf_cli.schema.reward import RewardConfig
+from rlhf_cli.schema.training import ComparisonConfig, GenerationConfig, OptimConfig, TrainConfig
 
 
 @dataclass

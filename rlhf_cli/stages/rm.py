@@ -30,7 +30,7 @@ def fit(config: RmConfig, run_dir: Path, process: RankProcess, ranks: Ranks) -> 
     text = load_text(config, run_dir, run, READING)
     data = load_data(config, text, run, READING)
     run.say(describe(data))
-    objective = lambda engine: ComparisonObjective(config, data, text, run, engine)
+    objective = lambda architecture: ComparisonObjective(config, data, text, run, architecture)
     return training.train_to_end(config, run, text, task_of(data), objective, data.digest)
 
 

@@ -128,6 +128,24 @@ def backbone_parameters(options: argparse.Namespace) -> int:
 # --- programs
 
 
+def run_all(
+    options: argparse.Namespace,
+    jobs: Mapping[str, tuple[str, Job]],
+    job: Job,
+    env: dict[str, str],
+    work: Path,
+    parameters: int,
+    samples: str | None = None,
+) -> None:
+    """What the options ask for: all variants side by side (see compare), one rank against two on `job`."""
+    figures: dict[str, Any] = {}
+    if jobs:
+        figures["comparison"] = compare(options, jobs, env, work, parameters, samples)
+    if options.scaling:
+        figures["scaling"] = scale(options, job, env, work)
+    finish(options, figures)
+
+
 def compare(
     options: argparse.Namespace,
     jobs: Mapping[str, tuple[str, Job]],

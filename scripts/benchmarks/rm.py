@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -48,14 +47,8 @@ def main() -> int:
         parameters = _compare.backbone_parameters(options) + options.hidden
         print(_compare.describe(options, parameters, describe_pairs(options)), flush=True)
         job = _compare.training_job(options, "rm", work / "pairs.jsonl", work)
-        figures: dict[str, Any] = {}
-        if options.variants:
-            chosen = {name: VARIANTS[name] for name in options.variants}
-            jobs = {name: (variant.program, job | variant.settings) for name, variant in chosen.items()}
-            figures["comparison"] = _compare.compare(options, jobs, env, work, parameters, samples="pairs")
-        if options.scaling:
-            figures["scaling"] = _compare.scale(options, job, env, work)
-        _compare.finish(options, figures)
+        jobs = {name: (VARIANTS[name].program, job | VARIANTS[name].settings) for name in options.variants}
+        _compare.run_all(options, jobs, job, env, work, parameters, samples="pairs")
     return 0
 
 

@@ -18,7 +18,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -49,13 +48,8 @@ def main() -> int:
         parameters = _compare.backbone_parameters(options) + options.vocab * options.hidden
         rows = f"documents of {options.min_length} to {options.max_length} tokens"
         print(_compare.describe(options, parameters, rows), flush=True)
-        figures: dict[str, Any] = {}
-        if options.variants:
-            jobs = {name: (VARIANTS[name].program, job_of(options, name, work)) for name in options.variants}
-            figures["comparison"] = _compare.compare(options, jobs, env, work, parameters)
-        if options.scaling:
-            figures["scaling"] = _compare.scale(options, common_job(options, work), env, work)
-        _compare.finish(options, figures)
+        jobs = {name: (VARIANTS[name].program, job_of(options, name, work)) for name in options.variants}
+        _compare.run_all(options, jobs, common_job(options, work), env, work, parameters)
     return 0
 
 
