@@ -10,7 +10,7 @@ from rlhf_cli import job
 from rlhf_cli.config.compose import compose_stage
 from rlhf_cli.errors import ConfigError, Problem, RunFailed
 from rlhf_cli.rundir import read_manifest
-from rlhf_cli.schema import STAGES, MergeLoraConfig, RmConfig, ScoreConfig, SftConfig, build, to_dict
+from rlhf_cli.schema import STAGES, MergeLoraConfig, PpoConfig, RmConfig, ScoreConfig, SftConfig, build, to_dict
 
 
 def compose(stage: str, overrides: list[str]) -> Any:
@@ -42,6 +42,11 @@ def rm(config: RmConfig) -> Path:
 def merge_lora(config: MergeLoraConfig) -> Path:
     """Adapter + base -> plain model. Returns the run directory."""
     return _run("merge-lora", config)
+
+
+def ppo(config: PpoConfig) -> Path:
+    """PPO against reward sources. Returns the run directory, whose model is the policy."""
+    return _run("ppo", config)
 
 
 def score(config: ScoreConfig) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -33,7 +33,8 @@ from rlhf_cli.runtime.distributed import barrier, local_first
 from rlhf_cli.runtime.engine import Engine, gathered_state_dict, make_engine, param_groups, sharded_loading
 from rlhf_cli.runtime.engine_state import hold_state, restore_state
 from rlhf_cli.runtime.manifest import model_dir
-from rlhf_cli.schema import TrainedConfig
+from rlhf_cli.schema import LoadedModelConfig, PpoConfig, TrainedConfig
+from rlhf_cli.schema.data import TemplateName
 
 WEIGHTS = "weights"  # a checkpoint's directory of whole weights
 
@@ -77,22 +78,35 @@ class Text(NamedTuple):
 # --- tokenizer and data
 
 
-def load_text(config: TrainedConfig, run_dir: Path, run: Run | None, reading: Reading[Any]) -> Text:
-    """The tokenizer, trained or loaded, and the template. A trained one is kept in the run directory."""
+def load_text(
+    config: TrainedConfig | PpoConfig, run_dir: Path, run: Run | None, reading: Reading[Any] | None = None
+) -> Text:
+    """The tokenizer, trained (on what `reading` reads) or loaded, and the template. A trained one is kept in the run
+    directory."""
+    if isinstance(config, PpoConfig):
+        return pretrained_text(config.model, config.data.template)
     settings = config.model.tokenizer
-    stored = None
-    if settings.train != "none":
-        tokenizer = _trained_tokenizer(config, run_dir / "tokenizer", run, reading)
-    else:
-        source = settings.path or config.model.path
-        assert source is not None, "checked by the schema"
-        path, manifest = model_dir(source, ("policy", "reward"))
-        stored = manifest.get("template")
-        revision = None if settings.path else config.model.revision  # it names a state of model.path only
-        tokenizer = load_tokenizer(path, revision, config.model.trust_remote_code)
+    if settings.train == "none":
+        return pretrained_text(config.model, config.data.template, settings.path, settings.extra_tokens)
+    assert reading is not None
+    tokenizer = _trained_tokenizer(config, run_dir / "tokenizer", run, reading)
     ensure_pad(tokenizer)
     new_tokens = add_extra_tokens(tokenizer, settings.extra_tokens)
-    return Text(tokenizer, resolve_template(config.data.template, stored, tokenizer), new_tokens)
+    return Text(tokenizer, resolve_template(config.data.template, None, tokenizer), new_tokens)
+
+
+def pretrained_text(
+    model: LoadedModelConfig, template: TemplateName, path: str | None = None, extra_tokens: Sequence[str] = ()
+) -> Text:
+    """The tokenizer and template that come with a model. path: a tokenizer from elsewhere; extra_tokens: to add."""
+    source = path or model.path
+    assert source is not None, "checked by the schema"
+    folder, manifest = model_dir(source, ("policy", "reward"))
+    revision = None if path else model.revision  # it names a state of model.path only
+    tokenizer = load_tokenizer(folder, revision, model.trust_remote_code)
+    ensure_pad(tokenizer)
+    new_tokens = add_extra_tokens(tokenizer, list(extra_tokens))
+    return Text(tokenizer, resolve_template(template, manifest.get("template"), tokenizer), new_tokens)
 
 
 def _trained_tokenizer(config: TrainedConfig, folder: Path, run: Run | None, reading: Reading[Any]) -> Any:
@@ -286,19 +300,27 @@ def write_model(
 ) -> None:
     """The final model in HF layout, or the adapter in PEFT's. reward: what is known of the scores (see manifest)."""
     check_space(directory.parent, sum(t.nbytes for t in weights.values()), "the final model")
-    # The saved tokenizer writes dialogues as they were trained; also if that means without its own template.
-    unchanged = text.template.name == "tokenizer" or (text.template.name == "none" and not text.tokenizer.chat_template)
-    jinja = None if unchanged else text.template.jinja
+    jinja = saved_template(text)
     if config.lora.enabled:
-        source = model_dir(str(config.model.path), task.starts_from)[0]
-        # An adapter is found from anywhere; a hub id stays one.
-        base = str(Path(source).resolve()) if Path(source).is_dir() else source
+        base = base_reference(model_dir(str(config.model.path), task.starts_from)[0])
         save_adapter(model, weights, directory, text.tokenizer, base, jinja)
         return
     plain = plain_model(model)
     stop = text.template.stop[0] if text.template.stop else None
     generation = None if task.is_reward else plain.generation_config
     save_model(plain.config, weights, directory, text.tokenizer, jinja, generation, stop, reward=reward)
+
+
+def saved_template(text: Text) -> str | None:
+    """The chat template that a saved tokenizer gets, so that it writes dialogues as they were trained; also if that
+    means without its own template. None: the one that it has."""
+    unchanged = text.template.name == "tokenizer" or (text.template.name == "none" and not text.tokenizer.chat_template)
+    return None if unchanged else text.template.jinja
+
+
+def base_reference(path: str) -> str:
+    """How an adapter names its base, so that it is found from anywhere; a hub id stays one."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
 
 
 def drawn_layers(config: TrainedConfig, model: nn.Module, step: int) -> list[int]:

@@ -51,7 +51,7 @@ def plan_run(
     accumulation = grad_accum_steps(settings.global_batch_size, settings.micro_batch_size, world_size)
     per_epoch = plan.steps_per_epoch(rows, settings.global_batch_size)
     what = "sequences" if isinstance(data, Prepared) else data.kind
-    batch = f"{settings.global_batch_size} rows a step = {settings.micro_batch_size} {what} x {_ranks(world_size)}"
+    batch = f"{settings.global_batch_size} rows a step = {settings.micro_batch_size} {what} x {num_ranks(world_size)}"
     saved = (
         f"{settings.keep_checkpoints} kept" if settings.save_every else "written when interrupted (train.save_every=0)"
     )
@@ -62,9 +62,9 @@ def plan_run(
         ("steps", f"{steps} ({per_epoch} an epoch), {warmup_steps(config.optim, steps)} of them warm-up"),
         ("model", params.replace("torch.", "")),
         ("longest row", f"{length} tokens"),
-        ("memory per rank", f"{_gib(memory.device)} ({_parts(memory)})"),
-        ("host memory", f"{_gib(memory.host)} per rank, offloaded" if memory.host else "nothing offloaded"),
-        ("one checkpoint", f"{_gib(checkpoint)}, {saved}"),
+        ("memory per rank", f"{gib(memory.device)} ({_parts(memory)})"),
+        ("host memory", f"{gib(memory.host)} per rank, offloaded" if memory.host else "nothing offloaded"),
+        ("one checkpoint", f"{gib(checkpoint)}, {saved}"),
     ]
     return Plan(steps, memory, checkpoint, table)
 
@@ -79,12 +79,14 @@ def _describe_data(data: Prepared | PreparedComparisons, rows: int) -> str:
 
 def _parts(memory: MemoryEstimate) -> str:
     names = ("weights", "gathered", "gradients", "optimizer", "buckets", "activations", "head")
-    return ", ".join(f"{name} {_gib(getattr(memory, name))}" for name in names if getattr(memory, name))
+    return ", ".join(f"{name} {gib(getattr(memory, name))}" for name in names if getattr(memory, name))
 
 
-def _ranks(count: int) -> str:
+def num_ranks(count: int) -> str:
+    """1 rank, 2 ranks ..."""
     return "1 rank" if count == 1 else f"{count} ranks"
 
 
-def _gib(count: int) -> str:
+def gib(count: int) -> str:
+    """Bytes for people."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"

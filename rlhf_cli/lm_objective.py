@@ -17,8 +17,7 @@ from rlhf_cli.data.token_rows import TokenRows
 from rlhf_cli.data.tokenize import encode_prompt, make_encoder
 from rlhf_cli.files import write_text
 from rlhf_cli.loop import Conclusion, Micro, StepData, heed_stop
-from rlhf_cli.models.lora import plain_model
-from rlhf_cli.models.sample import sample_texts
+from rlhf_cli.rollout.sampler import Request, generate
 from rlhf_cli.run import Run
 from rlhf_cli.runtime.distributed import gather_objects, sum_over_ranks
 from rlhf_cli.runtime.engine import Engine, gathered_for_generation
@@ -114,14 +113,13 @@ class LanguageModelObjective:
 
     def _write_samples(self, engine: Engine, step: int) -> None:
         """samples/step_N.jsonl: every rank writes some of the texts, rank 0 the file."""
-        ranks, tokenizer = self.run.ranks, self.text.tokenizer
+        ranks, tokenizer, generation = self.run.ranks, self.text.tokenizer, self.config.generation
         mine = list(range(ranks.rank, len(self.prompts), ranks.world_size))
+        requests = [Request(np.array(self.prompts[i], np.int32), i, generation.max_new_tokens) for i in mine]
+        seed = self.config.train.seed * 1_000_003 + step
         with gathered_for_generation(engine) as model:
-            texts = sample_texts(
-                plain_model(model) if not self.config.lora.enabled else model,
-                tokenizer, [self.prompts[i] for i in mine], self.config.generation, self.text.template.stop,
-                seed=self.config.train.seed * 1_000_003 + step * 1009 + ranks.rank,
-            )  # fmt: skip
+            responses = generate(model, tokenizer, requests, generation, self.text.template.stop, seed)
+        texts = [response.text for response in responses]
         lines = sorted(pair for part in gather_objects(list(zip(mine, texts, strict=True))) for pair in part)
         if ranks.is_main:
             rows = [{"step": step, "prompt": tokenizer.decode(self.prompts[i]), "response": text} for i, text in lines]

@@ -37,7 +37,7 @@ from rlhf_cli.loop import Conclusion, Hooks, LoopState, Objective, Trackers, Wor
 from rlhf_cli.models.load import resolve_dtype
 from rlhf_cli.models.lora import plain_model
 from rlhf_cli.models.tokenizer import tokenizer_digest
-from rlhf_cli.models.trainable import ParameterCount, count_parameters
+from rlhf_cli.models.trainable import multiplied_parameters
 from rlhf_cli.run import Checkpoints, Run, close_run, load_best, prune_best, save_best
 from rlhf_cli.runtime.engine import Engine, gathered_state_dict
 from rlhf_cli.runtime.flops import flops_per_token, measured_peak_flops
@@ -109,15 +109,6 @@ def open_trackers(config: TrainedConfig, model: nn.Module, dtype: torch.dtype, r
         MetricsLog(run.run_dir, config.logging, step, run.run_dir.name, to_dict(config)) if run.ranks.is_main else None
     )
     return Trackers(log, run.display, flops_per_token(*multiplied_parameters(model)), peak)
-
-
-def multiplied_parameters(model: nn.Module) -> ParameterCount:
-    """Parameters without the input embeddings, which are looked up, unless they are also the output head (tied)."""
-    counted, plain = count_parameters(model), plain_model(model)
-    if plain.get_output_embeddings() is not None and plain.config.get_text_config().tie_word_embeddings:
-        return counted
-    looked_up = count_parameters(plain.get_input_embeddings())
-    return ParameterCount(counted.trainable - looked_up.trainable, counted.total - looked_up.total)
 
 
 def finish(

@@ -15,7 +15,7 @@ from rlhf_cli.config.freeze import freeze
 from rlhf_cli.runtime.distributed import Ranks, barrier
 from rlhf_cli.runtime.process import RankProcess
 from rlhf_cli.runtime.stop import StopWatch
-from rlhf_cli.stages import rm, sft
+from rlhf_cli.stages import ppo, rm, sft
 
 NOUNS = ["river", "king", "horse", "garden", "letter", "storm", "sword", "rose"]
 VERBS = ["sees", "takes", "loves", "fears", "follows"]
@@ -85,6 +85,48 @@ def rm_words(data: Path, **more: Any) -> list[str]:
     return [w for w in words(data, **settings) if not w.startswith("generation.")]
 
 
+def write_prompts(path: Path, rows: int = 40, seed: int = 0) -> Path:
+    """Prompts of the small language, with a column for functions."""
+    draw = random.Random(seed)
+    sentence = lambda: f"the {draw.choice(NOUNS)} {draw.choice(VERBS)} the {draw.choice(NOUNS)}"
+    lines = [json.dumps({"prompt": f"{sentence()}?", "reference": f"{sentence()}."}) for _ in range(rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+LETTER_E = """
+def share_of_e(prompts, responses, **columns):
+    return [response.count("e") / max(1, len(response)) for response in responses]
+"""
+
+
+def write_letter_reward(folder: Path) -> str:
+    """A Python function that likes the letter e, as a reward source."""
+    (folder / "letters.py").write_text(LETTER_E, encoding="utf-8")
+    return f"{{type: function, path: {folder / 'letters.py'}, function: share_of_e}}"
+
+
+def ppo_words(policy: Path, prompts: Path, sources: str, **more: Any) -> list[str]:
+    """A short PPO run of a tiny policy; more: option=value, `__` for the dot."""
+    base: dict[str, Any] = {
+        "model.path": policy,
+        "data.path": prompts,
+        "data.validation_split_percentage": 20,
+        "generation.max_new_tokens": 12,
+        "reward.sources": f"[{sources}]",
+        "optim.lr": 0.001,
+        "ppo.num_iterations": 4,
+        "ppo.rollout_batch_size": 16,
+        "ppo.num_mini_batches": 2,
+        "ppo.ppo_epochs": 2,
+        "train.micro_batch_size": 4,
+        "logging.tensorboard": "false",
+        "logging.progress": "none",
+    }
+    base |= {key.replace("__", "."): value for key, value in more.items()}
+    return [f"{key}={value}" for key, value in base.items()]
+
+
 def quiet_process(ranks: Ranks, run_dir: Path) -> RankProcess:
     return RankProcess(ranks.rank, ranks.local_rank, ranks.world_size, io.StringIO(), StopWatch(run_dir, ranks.rank))
 
@@ -99,6 +141,12 @@ def run_rm(ranks: Ranks, run_dir: str, overrides: list[str]) -> dict[str, float]
     """What a rank of `rlhf rm *overrides run_dir=...` does; returns the final figures."""
     config, where = start("rm", ranks, run_dir, overrides)
     return rm.fit(config, where, quiet_process(ranks, where), ranks)
+
+
+def run_ppo(ranks: Ranks, run_dir: str, overrides: list[str]) -> dict[str, float]:
+    """What a rank of `rlhf ppo *overrides run_dir=...` does; returns the final figures."""
+    config, where = start("ppo", ranks, run_dir, overrides)
+    return ppo.align(config, where, quiet_process(ranks, where), ranks)
 
 
 def start(stage: str, ranks: Ranks, run_dir: str, overrides: list[str]) -> tuple[Any, Path]:

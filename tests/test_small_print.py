@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from rlhf_cli.models.lora import add_lora
-from rlhf_cli.models.sample import sample_texts
-from rlhf_cli.models.trainable import apply_trainable
+from rlhf_cli.models.trainable import apply_trainable, multiplied_parameters
+from rlhf_cli.rollout.sampler import Request, generate
 from rlhf_cli.runtime.flops import flops_per_token
-from rlhf_cli.schema import GenerationConfig, LoraConfig, TrainableConfig
-from rlhf_cli.training import multiplied_parameters
+from rlhf_cli.schema import LoraConfig, RolloutConfig, TrainableConfig
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 
@@ -48,8 +48,8 @@ def test_random_weights_leave_the_gpus_generators_alone(monkeypatch: pytest.Monk
 def test_samples_end_at_the_models_last_position(arch: str, prompt_length: int, new_tokens: int) -> None:
     """1024 positions: GPT-2 has no embedding for another one."""
     model, tokenizer = tiny_model(arch, seed=2), tiny_tokenizer()
-    calls: list[int] = []
-    model.register_forward_hook(lambda *_: calls.append(1))
-    greedy = GenerationConfig(temperature=0, max_new_tokens=6)
-    sample_texts(model, tokenizer, [[20] * prompt_length], greedy, (), seed=0)
-    assert len(calls) == new_tokens
+    endless = RolloutConfig(max_new_tokens=6, min_new_tokens=6)
+    request = Request(np.full(prompt_length, 20, np.int32), sample=0, max_new_tokens=6)
+    (response,) = generate(model, tokenizer, [request], endless, (), seed=0)
+    assert len(response.token_ids) == new_tokens
+    assert response.ending == "length"

@@ -19,9 +19,10 @@ from rlhf_cli.schema import flatten
 # What may differ between the first start and the next, because it does not change the result (DESIGN section 3).
 MAY_DIFFER = (
     "run_dir", "resume", "launch.", "logging.", "deepspeed.", "train.micro_batch_size", "train.save_every",
-    "train.keep_checkpoints", "data.cache_dir",
+    "train.keep_checkpoints", "data.cache_dir", "generation.batch_size", "generation.refill", "ppo.frozen",
+    "ppo.ptx.data.cache_dir",
 )  # fmt: skip
-MAY_GROW = ("train.max_steps", "train.epochs")
+MAY_GROW = ("train.max_steps", "train.epochs", "ppo.num_iterations")
 
 
 class Standing(NamedTuple):

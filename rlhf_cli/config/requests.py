@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 
+from rlhf_cli.config.machine import check_machine
 from rlhf_cli.config.merge_requests import check_merge
 from rlhf_cli.config.paths import check_data_paths, check_model_path, check_tokenizer_path
+from rlhf_cli.config.ppo_requests import check_ppo
 from rlhf_cli.config.reward_requests import check_rewards
 from rlhf_cli.errors import Problem
 from rlhf_cli.schema import (
     MergeLoraConfig,
-    ModelConfig,
+    PpoConfig,
     RmConfig,
     ScoreConfig,
     StageConfig,
@@ -28,6 +29,8 @@ def check_request(config: StageConfig, world_size: int, has_gpu: bool, weights_n
     match config:
         case TrainedConfig():
             yield from _check_training(config, world_size, has_gpu, weights_needed)
+        case PpoConfig():
+            yield from check_ppo(config, world_size, has_gpu, weights_needed)
         case MergeLoraConfig():
             yield from check_merge(config)
         case ScoreConfig():
@@ -46,19 +49,4 @@ def _check_training(config: TrainedConfig, world_size: int, has_gpu: bool, weigh
         yield from check_model_path("model.path", config.model.path, kinds, weights_needed)
     if config.model.tokenizer.path:
         yield from check_tokenizer_path(config.model.tokenizer.path)
-    if config.logging.wandb and find_spec("wandb") is None:
-        yield Problem("logging.wandb", "needs a package that is not installed: pip install 'rlhf-cli[wandb]'")
-    if not has_gpu and weights_needed:
-        yield from check_cpu(config.model)
-
-
-def check_cpu(model: ModelConfig) -> Iterator[Problem]:
-    """What needs a GPU."""
-    if model.quantization == "nf4":
-        yield Problem("model.quantization", "nf4 needs a GPU and none is visible; use lora=r16 without quantisation")
-    if model.dtype == "fp16":
-        yield Problem("model.dtype", "fp16 needs a GPU and none is visible; use fp32 or bf16")
-    if model.attn_implementation.startswith("flash"):
-        yield Problem(
-            "model.attn_implementation", f"{model.attn_implementation} needs a GPU and none is visible; use sdpa"
-        )
+    yield from check_machine(config.model, config.logging, has_gpu or not weights_needed)

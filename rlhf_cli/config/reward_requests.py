@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.config.model_files import manifest_of, read_json
 from rlhf_cli.config.paths import HUB_ID, check_model_path, check_run, looks_local, near
 from rlhf_cli.errors import ModelError, Problem
 from rlhf_cli.rundir import read_manifest, run_of
-from rlhf_cli.schema import RewardConfig, RewardSourceConfig
+from rlhf_cli.schema import PolicyRewardConfig, RewardConfig, RewardSourceConfig
 
 
 def check_rewards(reward: RewardConfig) -> Iterator[Problem]:
@@ -19,11 +19,15 @@ def check_rewards(reward: RewardConfig) -> Iterator[Problem]:
     for number, source in enumerate(reward.sources):
         key = f"reward.sources[{number}]"
         if source.type in ("model", "classifier") and source.path:
-            yield from _check_model(key, source, reward.normalize)
+            yield from _check_model(key, source, reward.normalize and not _has_running_moments(reward))
         elif source.type == "function" and source.path:
             yield from _check_function_file(f"{key}.path", source.path)
         elif source.type == "http" and source.url and not source.url.startswith(("http://", "https://")):
             yield Problem(f"{key}.url", f"got {source.url!r}; allowed: http://... or https://...")
+
+
+def _has_running_moments(reward: RewardConfig) -> bool:
+    return isinstance(reward, PolicyRewardConfig) and reward.moments == "running"
 
 
 def _check_model(key: str, source: RewardSourceConfig, normalize: bool) -> Iterator[Problem]:
@@ -36,7 +40,7 @@ def _check_model(key: str, source: RewardSourceConfig, normalize: bool) -> Itera
     run_dir = run_of(local)
     manifest = read_manifest(run_dir) if run_dir is not None else {}
     folder = run_dir / manifest["output"]["path"] if run_dir is not None else local
-    info = manifest.get("reward") or _read_json(folder / "config.json").get("reward") or {}
+    info = manifest.get("reward") or read_json(folder / "config.json").get("reward") or {}
     labels = _labels(info, folder)
     if labels is not None:
         yield from _check_label(key, source, labels)
@@ -57,7 +61,7 @@ def _check_model_files(key: str, path: str) -> Iterator[Problem]:
         yield from _check_adapter(key, local)
     else:
         yield from check_model_path(key, path, ("reward",))
-        names = _read_json(local / "config.json").get("architectures") or []
+        names = read_json(local / "config.json").get("architectures") or []
         if names and not any(name.endswith("ForSequenceClassification") for name in names):
             yield Problem(
                 key, f"{path} is a {names[0]}, no reward model or classifier (...ForSequenceClassification): rlhf rm"
@@ -82,7 +86,7 @@ def _check_reward_run(key: str, run_dir: Path) -> Iterator[Problem]:
 
 
 def _check_adapter(key: str, folder: Path) -> Iterator[Problem]:
-    settings = _read_json(folder / "adapter_config.json")
+    settings = read_json(folder / "adapter_config.json")
     if settings.get("task_type") != "SEQ_CLS":
         yield Problem(
             key,
@@ -119,11 +123,17 @@ def _check_label(key: str, source: RewardSourceConfig, labels: list[str]) -> Ite
         )
 
 
+def model_labels(folder: Path) -> list[str] | None:
+    """The labels of the reward model in a directory, in order, [] for one score; None when the files do not tell."""
+    info = manifest_of(folder).get("reward") or read_json(folder / "config.json").get("reward") or {}
+    return _labels(info, folder)
+
+
 def _labels(info: dict[str, Any], folder: Path) -> list[str] | None:
     """The model's labels in order, [] for one score, None when the files do not tell."""
     if info.get("labels"):
         return [str(label) for label in info["labels"]]
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     names = config.get("id2label")
     if isinstance(names, dict) and len(names) > 1:
         return [str(name) for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
@@ -136,12 +146,3 @@ def _check_function_file(key: str, path: str) -> Iterator[Problem]:
         yield Problem(key, f"no such file: {path}{near(local)}")
     elif local.suffix != ".py":
         yield Problem(key, f"{path} is no Python file (.py)")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; {} when there is none, or none that can be read (the run will say so)."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -108,6 +108,17 @@ ParsedRow = TextRow | DialogueRow | PairRow | RankedRow | LabelledRow | PromptRo
 def num_chars(row: TrainingRow) -> int:
     """Characters of a row's text or messages."""
     return len(row.text) if isinstance(row, TextRow) else sum(len(message.content) for message in row.messages)
+
+
+def plain_prompt(prompt: Sequence[Message]) -> str:
+    """A prompt as text without any template: its words alone if it is one message of the user, else with the roles.
+
+    >>> plain_prompt((Message("user", "Hi"), Message("assistant", "Yes?"), Message("user", "Why?")))
+    'User: Hi\\n\\nAssistant: Yes?\\n\\nUser: Why?'
+    """
+    if len(prompt) == 1 and prompt[0].role == "user":
+        return prompt[0].content
+    return "\n\n".join(f"{message.role.capitalize()}: {message.content}" for message in prompt)
 
 
 def half_character(text: str) -> int | None:

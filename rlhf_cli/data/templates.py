@@ -158,6 +158,28 @@ def segments(
     return [piece for piece in pieces if piece.text]
 
 
+class ReplyFrame(NamedTuple):
+    """What a template writes around the words of a last reply. lead: in front of them, after the generation prompt (the
+    blank of `hh`); closing: behind them, as training ends a reply (the end marker of `chatml`)."""
+
+    lead: str
+    closing: str
+
+
+def reply_frame(template: Template, special_tokens: Mapping[str, str]) -> ReplyFrame:
+    """The frame, read off a dialogue. Raises DataError for a template that writes no plain question and answer."""
+    words = "word"
+    parts = segments(template, special_tokens, (Message("user", "question"), Message("assistant", words)))
+    reply = next(number for number, part in enumerate(parts) if part.trained)
+    written = "".join(part.text for part in parts[reply:])
+    lead, found, closing = written.partition(words)
+    if not found:
+        raise TemplateRefusal(f"the chat template ({template.name}) changes the reply {words!r}")
+    rest = parts[-1]
+    blank = not rest.trained and not rest.text.strip()  # what stands after an end marker has no place in training
+    return ReplyFrame(lead, closing[: len(closing) - len(rest.text)] if blank else closing)
+
+
 def _prefix(template: Template, special_tokens: Mapping[str, str], messages: Sequence[Message], full: str) -> str:
     prefix = render(template, special_tokens, messages, True)
     if not full.startswith(prefix):

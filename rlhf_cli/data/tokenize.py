@@ -74,7 +74,17 @@ def encode_rows(encoder: Encoder, rows: Sequence[Sequence[Segment]]) -> list[Tok
 def encode_prompt(encoder: Encoder, template: Template, messages: Sequence[Message]) -> np.ndarray:
     """Tokens (T,) of a prompt with generation prompt: exactly those that a reply follows in training."""
     parts = segments(template, encoder.tokenizer.special_tokens_map, messages, generation_prompt=True)
-    return _encode(encoder, [parts])[0].input_ids
+    return encode_open(encoder, [parts])[0]
+
+
+def encode_open(encoder: Encoder, rows: Sequence[Sequence[Segment]]) -> list[np.ndarray]:
+    """Tokens (T,) int32 of each row, as encode_rows but without EOS: of texts that are still to be continued."""
+    return [tokens.input_ids for tokens in _encode(encoder, rows)]
+
+
+def encode_pieces(encoder: Encoder, texts: Sequence[str], first: bool) -> list[np.ndarray]:
+    """Tokens (T,) int32 of each text, without BOS and EOS. first: each begins a text; else each goes on within one."""
+    return list(_encode_texts(encoder, list(texts), [first] * len(texts)))
 
 
 def fit_length(tokens: Tokens, max_length: int, overlong: str) -> list[Tokens] | str:

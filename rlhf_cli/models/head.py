@@ -1,13 +1,14 @@
-"""The training forward of a causal LM: token loss without logits, from inside the model's own modules.
+"""The training forward of a causal LM: token losses or log-probabilities without logits, from inside its own modules.
 
-`enable_loss(model)` teaches a model one more call, and leaves every other as it was:
+`enable_loss(model)` teaches a model two more calls, and leaves every other as it was:
 
     loss_sum, num_targets = model(input_ids=..., position_ids=..., attention_mask=..., targets=...)
+    logprobs, entropy = model(input_ids=..., position_ids=..., targets=..., logprobs=True, temperature=τ)
 
 Shapes: B sequences, T positions, N positions with a target, H width, V vocabulary. targets (B, T) are shifted already:
 targets[b, t] is the token that position t must predict, IGNORE where none is.
 
-The loss is computed in the head module's own call, so that hooks which bring its weights (ZeRO-3) run as for logits.
+Both are computed in the head module's own call, so that hooks which bring its weights (ZeRO-3) run as for logits.
 Everything is kept as bound methods on instances: a deep copy of the model gets its own.
 """
 
@@ -23,10 +24,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from rlhf_cli.models.logit_transform import find_transform
 from rlhf_cli.models.lora import plain_model, wrapped_copies
-from rlhf_cli.ops.logprobs import IDENTITY, LogitTransform, chunk_rows, linear_cross_entropy
+from rlhf_cli.ops.logprobs import (
+    IDENTITY,
+    LogitTransform,
+    chunk_rows,
+    entropy_of,
+    linear_cross_entropy,
+    linear_logprobs,
+)
 
 IGNORE = -100
 """Target of a position that is not trained (the value of torch's and transformers' losses)."""
@@ -41,10 +49,20 @@ class LossOutput(NamedTuple):
     num_targets: Tensor
 
 
-class LossPlan(NamedTuple):
-    """How a model's loss is computed.
+class LogprobOutput(NamedTuple):
+    """logprobs: log softmax(logits/τ)[target], with gradient; entropy: of softmax(logits/τ) in nats, without.
 
-    fused: in the head, chunk by chunk, gradient in the forward. module: through the head as it is (an adapter sits on
+    Each (N,) fp32, for the positions with a target, row by row.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class LossPlan(NamedTuple):
+    """How a model's loss and log-probabilities are computed.
+
+    fused: in the head, chunk by chunk. module: through the head as it is (an adapter sits on
     it), recomputed in the backward. logits: through the model's whole forward, which does something to the logits that
     `transform` cannot say; holds (B, T, V).
     """
@@ -54,10 +72,10 @@ class LossPlan(NamedTuple):
 
 
 def enable_loss(model: nn.Module) -> LossPlan:
-    """Teach a causal LM (plain or PEFT-wrapped) the call with `targets`. Returns how the loss will be computed."""
+    """Teach a causal LM (plain or PEFT-wrapped) the calls with `targets`. Returns how they will be computed."""
     base = plain_model(model)
     head = base.get_output_embeddings()
-    transform = _find_transform(base, head) if head is not None and base.get_decoder() is not base else None
+    transform = find_transform(base, head) if head is not None and base.get_decoder() is not base else None
     if transform is None:
         plan = LossPlan("logits", IDENTITY)
         log.warning("%s: no way around full logits is known; they take B x T x V of memory", type(base).__name__)
@@ -76,10 +94,18 @@ def _forward_with_targets(original: Callable[..., Any]) -> Callable[..., Any]:
     # wraps: generate() reads the signature to see which inputs a model takes.
     @functools.wraps(original)
     def forward(
-        self: nn.Module, *args: Any, targets: Tensor | None = None, token_weights: Tensor | None = None, **kwargs: Any
+        self: nn.Module,
+        *args: Any,
+        targets: Tensor | None = None,
+        token_weights: Tensor | None = None,
+        logprobs: bool = False,
+        temperature: float = 1.0,
+        **kwargs: Any,
     ) -> Any:
         if targets is None:
             return original(self, *args, **kwargs)
+        if logprobs:
+            return _logprobs(self, original, targets, temperature, kwargs)
         return _loss(self, original, targets, token_weights, kwargs)
 
     return forward
@@ -106,16 +132,41 @@ def _loss(
     return LossOutput(loss, kept.sum())
 
 
+def _logprobs(
+    model: Any, original: Callable[..., Any], targets: Tensor, temperature: float, inputs: dict[str, Any]
+) -> LogprobOutput:
+    """inputs, targets as in _loss."""
+    assert temperature > 0, temperature
+    plan: LossPlan = model._rlhf_loss_plan
+    kept = targets != IGNORE
+    transform = plan.transform._replace(temperature=temperature)
+    if plan.path == "logits":
+        logits = original(model, **inputs, use_cache=False).logits[kept]
+        return LogprobOutput(*_logprobs_through(nn.Identity(), logits, targets[kept], transform, logits.shape[-1]))
+    base = plain_model(model)
+    hidden = base.get_decoder()(**inputs, use_cache=False).last_hidden_state[kept]
+    head = base.get_output_embeddings()
+    if plan.path == "fused":
+        return LogprobOutput(*head(hidden, targets=targets[kept], transform=transform, logprobs=True))
+    return LogprobOutput(*_logprobs_through(head, hidden, targets[kept], transform, base.config.vocab_size))
+
+
 def _linear_forward(
     self: nn.Linear,
     hidden: Tensor,
     targets: Tensor | None = None,
     token_weights: Tensor | None = None,
     transform: LogitTransform = IDENTITY,
-) -> Tensor:
-    """A head's forward: logits (..., V) of hidden (..., H), or with targets (N,) the summed loss of hidden (N, H)."""
+    logprobs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A head's forward: logits (..., V) of hidden (..., H).
+
+    With targets (N,) the summed loss of hidden (N, H), or log-probabilities and entropies, (N,) each.
+    """
     if targets is None:
         return F.linear(hidden, self.weight, self.bias)
+    if logprobs:
+        return linear_logprobs(hidden, self.weight, self.bias, targets, transform=transform)
     return linear_cross_entropy(hidden, self.weight, self.bias, targets, token_weights, transform=transform)
 
 
@@ -132,99 +183,58 @@ def _loss_through(
     def of_chunk(h: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
         return _dense_loss(head(h), t, w, transform)
 
-    # Sharded weights are gathered by all ranks together at each call: the number of calls may not depend on N.
-    sharded = any(hasattr(p, "ds_id") for p in head.parameters())
-    rows = max(1, len(hidden)) if sharded else chunk_rows(vocab_size, hidden.device.type == "cpu")
     parts = [
         checkpoint(
             of_chunk,
-            hidden[start : start + rows],
-            targets[start : start + rows],
-            None if token_weights is None else token_weights[start : start + rows],
+            hidden[rows],
+            targets[rows],
+            None if token_weights is None else token_weights[rows],
             use_reentrant=False,
         )
-        for start in range(0, max(1, len(hidden)), rows)
+        for rows in _chunks(head, hidden, vocab_size)
     ]
     return torch.stack(parts).sum()
 
 
+def _logprobs_through(
+    head: nn.Module, hidden: Tensor, targets: Tensor, transform: LogitTransform, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """(log-probabilities, entropies), (N,) each, of hidden (N, H) through any head module, as _loss_through."""
+
+    def of_chunk(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = torch.log_softmax(_transformed(head(h), transform), -1)
+        return log_p.gather(-1, t[:, None]).squeeze(-1), entropy_of(log_p.detach().clone())
+
+    parts = [
+        checkpoint(of_chunk, hidden[rows], targets[rows], use_reentrant=False)
+        for rows in _chunks(head, hidden, vocab_size)
+    ]
+    logprobs, entropies = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+def _chunks(head: nn.Module, hidden: Tensor, vocab_size: int) -> list[slice]:
+    """The rows of hidden (N, H) that go through the head at a time; one empty chunk of none."""
+    # Sharded weights are gathered by all ranks together at each call: the number of calls may not depend on N.
+    sharded = any(hasattr(p, "ds_id") for p in head.parameters())
+    rows = max(1, len(hidden)) if sharded else chunk_rows(vocab_size, hidden.device.type == "cpu")
+    return [slice(start, start + rows) for start in range(0, max(1, len(hidden)), rows)]
+
+
 def _dense_loss(logits: Tensor, targets: Tensor, token_weights: Tensor | None, transform: LogitTransform) -> Tensor:
     """Σ loss of the head's raw output (N, V)."""
+    losses = F.cross_entropy(_transformed(logits, transform), targets, reduction="none")
+    return (losses if token_weights is None else losses * token_weights).sum()
+
+
+def _transformed(logits: Tensor, transform: LogitTransform) -> Tensor:
+    """What the model makes of its head's raw output (N, V), in fp32."""
     logits = logits.float() * transform.scale
     if transform.softcap is not None:
         logits = torch.tanh(logits / transform.softcap) * transform.softcap
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    return (losses if token_weights is None else losses * token_weights).sum()
+    return logits if transform.temperature == 1.0 else logits / transform.temperature
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
     # Not isinstance: quantised and adapted layers derive from Linear and compute something else.
     return type(module).forward is nn.Linear.forward
-
-
-def _find_transform(base: Any, head: Any) -> LogitTransform | None:
-    """What the model's forward does between backbone and head and after the head, observed rather than assumed.
-
-    Backbone and head are replaced for one call by known values, so no weight is touched (they may be sharded).
-    None: neither the identity, nor a factor, nor the config's softcap.
-    """
-    hidden, raw = torch.linspace(-3, 3, 8).view(1, 2, 4), torch.linspace(-40, 40, 10).view(1, 2, 5)
-    seen: list[Tensor] = []
-
-    def fake_head(h: Tensor) -> Tensor:
-        seen.append(h.detach().float().cpu())
-        return raw.clone()
-
-    def fake_backbone(*_: Any, **__: Any) -> BackboneOutput:
-        return BackboneOutput(last_hidden_state=hidden.clone())
-
-    with torch.no_grad(), replaced(base.get_decoder(), fake_backbone), replaced(head, fake_head):
-        try:
-            out = type(base).forward(base, input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
-            logits = out.logits.float().cpu()
-        except (AttributeError, TypeError, RuntimeError, LookupError) as error:
-            log.warning("%s does not take the usual path to its logits: %s", type(base).__name__, error)
-            return None
-    if len(seen) != 1 or seen[0].shape != hidden.shape or logits.shape != raw.shape:
-        return None
-    before = _factor(hidden, seen[0])
-    if before is None or (before != 1.0 and getattr(head, "bias", None) is not None):
-        return None
-    after = _factor(raw, logits)
-    if after is not None:
-        return LogitTransform(scale=before * after)
-    cap = getattr(base.config, "final_logit_softcapping", None)
-    if cap and torch.allclose(cap * torch.tanh(raw / cap), logits, atol=1e-5):
-        return LogitTransform(scale=before, softcap=float(cap))
-    return None
-
-
-class BackboneOutput(BaseModelOutputWithPast):
-    """Has every field that some backbone adds (router_logits, cross_attentions ...), as None."""
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-
-class replaced:
-    """Context in which a module's forward is another function."""
-
-    def __init__(self, module: nn.Module, forward: Callable[..., Any]):
-        self.module, self.forward = module, forward
-
-    def __enter__(self) -> None:
-        self.saved = self.module.__dict__.get("forward")
-        self.module.forward = self.forward
-
-    def __exit__(self, *_: object) -> None:
-        del self.module.forward
-        if self.saved is not None:
-            self.module.forward = self.saved
-
-
-def _factor(x: Tensor, y: Tensor) -> float | None:
-    """The f with y = f·x, or None. 1.0 exactly when they agree."""
-    if torch.allclose(x, y, rtol=1e-6, atol=0):
-        return 1.0
-    factor = float(y.flatten()[-1] / x.flatten()[-1])
-    return factor if torch.allclose(x * factor, y, rtol=1e-5, atol=1e-6) else None

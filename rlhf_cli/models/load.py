@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.source import check_source, explain_load_error
-from rlhf_cli.schema import ModelConfig
+from rlhf_cli.schema import LoadedModelConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 CLASSIFIER = "ForSequenceClassification"
@@ -74,7 +74,7 @@ def auto_class(config: PretrainedConfig) -> Any:
 
 
 def load_policy(
-    model: ModelConfig,
+    model: LoadedModelConfig,
     path: Path | str,
     dtype: torch.dtype,
     device: torch.device | None = None,
@@ -97,7 +97,7 @@ def load_policy(
 
 def load_weights(
     config: PretrainedConfig,
-    model: ModelConfig,
+    model: LoadedModelConfig,
     path: Path | str,
     dtype: torch.dtype,
     device: torch.device | None,

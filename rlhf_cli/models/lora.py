@@ -117,6 +117,23 @@ def add_lora(
     return wrapped
 
 
+def load_adapter(base: PreTrainedModel, folder: Path | str, trainable: bool = False) -> PeftModel:
+    """Wrap `base` with the adapter in a folder of PEFT's layout; trainable: to go on with its training.
+
+    Everything else of `base` is frozen. Raises ModelError when the adapter is not one of such a model.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            wrapped = PeftModel.from_pretrained(
+                base, str(folder), is_trainable=trainable, autocast_adapter_dtype=False, torch_device="cpu"
+            )
+    except (RuntimeError, ValueError, UserWarning) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ModelError(f"the adapter {folder} does not fit its base: {first}") from error
+    return wrapped
+
+
 def save_adapter(
     model: PeftModel,
     state_dict: dict[str, Tensor],

@@ -14,6 +14,9 @@ P parameters, T of them trained, N ranks, w bytes of a weight (2 in bf16 and fp1
     head        logits of one chunk three times in fp32, hidden states of the trained positions twice, and the fp32
                 gradient of the head's weight if it is trained; of a reward model (whose micro-batch is one of
                 sequences) the hidden states and their gradient alone, the rest is a few rows
+
+Without a backward: `reading_bytes` (one block's activations, and what the head makes), `cache_bytes` (keys and values,
+2·blocks·kv·d·w of a token), `logit_bytes` (of one token a sequence).
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from rlhf_cli.models.load import auto_class, is_classifier
 from rlhf_cli.models.lora import linear_modules, lora_targets
 from rlhf_cli.models.trainable import apply_trainable, count_parameters, find_blocks
 from rlhf_cli.ops.logprobs import chunk_rows
-from rlhf_cli.schema import DeepspeedConfig, LoraConfig, ModelConfig
+from rlhf_cli.schema import DeepspeedConfig, LoadedModelConfig, LoraConfig
 
 DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements
 NF4_BYTES = 4.127 / 8  # per weight of a linear layer, with double quantisation (arXiv 2305.14314, section 3)
@@ -66,7 +69,7 @@ def meta_model(config: PretrainedConfig, attn_implementation: str | None = None)
 
 def estimate_memory(
     config: PretrainedConfig,
-    model: ModelConfig,
+    model: LoadedModelConfig,
     lora: LoraConfig,
     deepspeed: DeepspeedConfig,
     dtype: torch.dtype,
@@ -104,22 +107,66 @@ def estimate_memory(
     return MemoryEstimate(total, trained, host=host, **sizes)
 
 
-def _count(shell: PreTrainedModel, model: ModelConfig, lora: LoraConfig) -> tuple[int, int]:
+def _count(shell: PreTrainedModel, model: LoadedModelConfig, lora: LoraConfig) -> tuple[int, int]:
     """(total, trained) parameters."""
     if not lora.enabled:
         apply_trainable(shell, model.trainable)
         trained, total = count_parameters(shell)
         return total, trained
+    adapter = _adapter(shell, lora)
+    return count_parameters(shell).total + adapter, adapter
+
+
+def _adapter(shell: PreTrainedModel, lora: LoraConfig) -> int:
     modules = dict(shell.named_modules())
     # A (r, in) and B (out, r)
     adapter = sum(lora.r * sum(modules[name].weight.shape) for name in lora_targets(shell, lora))
     if is_classifier(shell.config):
         adapter += shell.score.weight.numel()  # the trained copy of the head
-    return count_parameters(shell).total + adapter, adapter
+    return adapter
+
+
+def cache_bytes(config: PretrainedConfig, dtype: torch.dtype, sequences: int, length: int) -> int:
+    """Keys and values of so many sequences of `length` tokens while they are being written."""
+    settings = config.get_text_config()
+    heads = settings.num_attention_heads
+    kv = getattr(settings, "num_key_value_heads", None) or heads
+    head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // heads
+    return 2 * settings.num_hidden_layers * kv * head_dim * dtype.itemsize * sequences * length
+
+
+def logit_bytes(config: PretrainedConfig, sequences: int) -> int:
+    """Logits of the next token, what sampling makes of them, and its noise, all in fp32."""
+    return 3 * 4 * sequences * config.get_text_config().vocab_size
+
+
+def reading_bytes(config: PretrainedConfig, dtype: torch.dtype, sequences: int, length: int, on_cpu: bool) -> int:
+    """A forward pass that nothing is kept of: one block's activations, and log-probabilities or scores."""
+    shell, w = meta_model(config), dtype.itemsize
+    block = _per_position(shell, length) + 2 * shell.config.get_text_config().hidden_size
+    return sequences * length * w * block + _head(shell, w, sequences * length, on_cpu, False)
+
+
+def adapter_params(config: PretrainedConfig, lora: LoraConfig) -> int:
+    """Parameters of an adapter on the model of a config; of a classifier with the copy of the head."""
+    return _adapter(meta_model(config), lora)
+
+
+def largest_live(config: PretrainedConfig) -> int:
+    """Parameters that ZeRO-3 gathers at a time in a forward or backward pass."""
+    return _largest_live(meta_model(config))
 
 
 def _activations(shell: PreTrainedModel, checkpointing: bool, micro_batch_size: int, length: int) -> int:
     """Elements that the blocks keep for the backward."""
+    per_position, blocks = _per_position(shell, length), len(find_blocks(shell))
+    hidden = shell.config.get_text_config().hidden_size
+    elements = blocks * hidden + per_position if checkpointing else blocks * per_position
+    return micro_batch_size * length * elements
+
+
+def _per_position(shell: PreTrainedModel, length: int) -> int:
+    """Elements that a block makes of one position of a sequence of `length`."""
     config = shell.config.get_text_config()
     hidden, heads = config.hidden_size, config.num_attention_heads
     kv = getattr(config, "num_key_value_heads", None) or heads
@@ -133,9 +180,7 @@ def _activations(shell: PreTrainedModel, checkpointing: bool, micro_batch_size: 
     per_position = 6 * hidden + (2 * heads + 2 * kv) * head_dim + mlp_factor * intermediate
     if config._attn_implementation == "eager":
         per_position += 3 * heads * length
-    blocks = len(find_blocks(shell))
-    elements = blocks * hidden + per_position if checkpointing else blocks * per_position
-    return micro_batch_size * length * elements
+    return per_position
 
 
 def _head(shell: PreTrainedModel, w: int, positions: int, on_cpu: bool, full: bool) -> int:

@@ -30,7 +30,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.head import BackboneOutput, replaced
 from rlhf_cli.models.load import (
     check_causal_lm,
     check_complete,
@@ -39,11 +38,12 @@ from rlhf_cli.models.load import (
     load_weights,
     read_config,
 )
+from rlhf_cli.models.logit_transform import BackboneOutput, replaced
 from rlhf_cli.models.lora import plain_model, wrapped_copies
 from rlhf_cli.models.memory import meta_model
 from rlhf_cli.models.prompt_sharing import sharing_mask
 from rlhf_cli.models.scratch import new_model
-from rlhf_cli.schema import ModelConfig
+from rlhf_cli.schema import LoadedModelConfig
 
 HEAD = "score"
 AUTO = "AutoModelForSequenceClassification"
@@ -127,7 +127,7 @@ def _check_labels(config: PretrainedConfig, labels: Sequence[str] | None, path: 
 
 
 def load_reward_model(
-    model: ModelConfig,
+    model: LoadedModelConfig,
     path: Path | str,
     dtype: torch.dtype,
     labels: Sequence[str] | None,

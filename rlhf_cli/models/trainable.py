@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.lora import plain_model
 from rlhf_cli.schema import TrainableConfig
 
 
@@ -62,6 +63,15 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes))
 
 
+def multiplied_parameters(model: nn.Module) -> ParameterCount:
+    """Parameters without the input embeddings, which are looked up, unless they are also the output head (tied)."""
+    counted, plain = count_parameters(model), plain_model(model)
+    if plain.get_output_embeddings() is not None and plain.config.get_text_config().tie_word_embeddings:
+        return counted
+    looked_up = count_parameters(plain.get_input_embeddings())
+    return ParameterCount(counted.trainable - looked_up.trainable, counted.total - looked_up.total)
+
+
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The transformer blocks, first to last."""
     return find_blocks_and_parent(model)[0]
@@ -108,6 +118,11 @@ def _train_matching(model: PreTrainedModel, patterns: list[str]) -> None:
         trained |= matches
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
+
+
+def matching_patterns(model: nn.Module, patterns: list[str]) -> list[str]:
+    """Those patterns that some parameter's name matches."""
+    return [p for p in patterns if any(re.search(p, name) for name, _ in model.named_parameters())]
 
 
 def _samples(model: nn.Module) -> str:

@@ -86,31 +86,37 @@ def gather_logprobs(
     assert targets.shape == hidden.shape[:-1], (hidden.shape, targets.shape)
     rows = chunk_size or chunk_rows(lm_head_weight.shape[0], hidden.device.type == "cpu")
     transform = transform._replace(temperature=temperature)
-    flat: Tensor = _GatherLogprobs.apply(
-        hidden.reshape(-1, hidden.shape[-1]), lm_head_weight, bias, targets.reshape(-1), rows, transform
+    flat, _ = _GatherLogprobs.apply(
+        hidden.reshape(-1, hidden.shape[-1]), lm_head_weight, bias, targets.reshape(-1), rows, transform, False
     )
     return flat.view(targets.shape)
 
 
-@torch.no_grad()
-def entropy(
+def linear_logprobs(
     hidden: Tensor,
-    lm_head_weight: Tensor,
-    temperature: float = 1.0,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
     chunk_size: int | None = None,
-    bias: Tensor | None = None,
     transform: LogitTransform = IDENTITY,
-) -> Tensor:
-    """Entropy in nats of softmax(logits/τ) per position: hidden (B, T, H) -> (B, T) fp32, without gradient."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    rows = chunk_size or chunk_rows(lm_head_weight.shape[0], hidden.device.type == "cpu")
-    transform = transform._replace(temperature=temperature)
-    out = torch.empty(len(flat), dtype=_wide(hidden.dtype), device=hidden.device)
-    for start in range(0, len(flat), rows):
-        logits = _logits(flat[start : start + rows], lm_head_weight, bias, transform)
-        log_p = torch.log_softmax(logits, -1, dtype=out.dtype)
-        out[start : start + rows] = torch.special.entr(log_p.exp_()).sum(-1)
-    return out.view(hidden.shape[:-1])
+) -> tuple[Tensor, Tensor]:
+    """(log softmax(logits)[targets], entropy of softmax(logits) in nats), each (N,) fp32; the second has no gradient.
+
+    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) in [0, V). Both come from the same product; backward
+    as for gather_logprobs. Rows may be none.
+    """
+    assert targets.shape == hidden.shape[:1], (hidden.shape, targets.shape)
+    rows = chunk_size or chunk_rows(weight.shape[0], hidden.device.type == "cpu")
+    logprobs, entropy = _GatherLogprobs.apply(hidden, weight, bias, targets, rows, transform, True)
+    return logprobs, entropy
+
+
+def entropy_of(log_p: Tensor) -> Tensor:
+    """-Σ p log p of log-probabilities (C, V) -> (C,); overwrites log_p."""
+    p = log_p.exp()
+    # 0 · log 0 = 0: a logit of -inf, from a model that masks part of its vocabulary. torch.special.entr says the same,
+    # but takes its logarithms again, at thrice the time.
+    return p.mul_(log_p.clamp_(min=torch.finfo(log_p.dtype).min)).sum(-1).neg_()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -242,25 +248,32 @@ class _GatherLogprobs(torch.autograd.Function):
         targets: Tensor,
         rows: int,
         transform: LogitTransform,
-    ) -> Tensor:
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         wide = _wide(hidden.dtype)
         picked = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         normaliser = torch.empty_like(picked)
+        entropy = torch.empty_like(picked) if with_entropy else None
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
             logits = _logits(hidden[chunk], weight, bias, transform)
             index = targets[chunk, None]
             # From log_softmax, not from logit − logsumexp: the smaller rounding error of the two.
-            picked[chunk] = torch.log_softmax(logits, -1, dtype=wide).gather(-1, index).squeeze(-1)
+            log_p = torch.log_softmax(logits, -1, dtype=wide)
+            picked[chunk] = log_p.gather(-1, index).squeeze(-1)
             normaliser[chunk] = logits.gather(-1, index).squeeze(-1).to(wide) - picked[chunk]
+            if entropy is not None:
+                entropy[chunk] = entropy_of(log_p)
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
         ctx.rows, ctx.transform = rows, transform
-        return picked
+        if entropy is not None:
+            ctx.mark_non_differentiable(entropy)
+        return picked, entropy
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         hidden, weight, bias, targets, normaliser = ctx.saved_tensors
-        (factor,) = upstream
+        factor = upstream[0]
         grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
         for start in range(0, len(hidden), ctx.rows):
             chunk = slice(start, start + ctx.rows)
@@ -274,5 +287,5 @@ class _GatherLogprobs(torch.autograd.Function):
             grads.of_hidden,
             None if grads.of_weight is None else grads.of_weight.to(weight.dtype),
             None if grads.of_bias is None else grads.of_bias.to(bias.dtype),
-            *(None,) * 3,
+            *(None,) * 4,
         )

@@ -1,8 +1,9 @@
-"""Losses of reward models: pairs, rankings, labels. Pure functions of the scores of one batch.
+"""Losses of reward models (pairs, rankings, labels) and of PPO (policy, values). Pure functions of one batch.
 
-Shapes: N scores, pairs or rows; P pairs of a ranking; C classes. Half-precision inputs are computed in fp32.
-An empty batch gives a zero that still reaches its inputs: a rank without rows has to take part in the backward pass.
-Each loss is a mean over `stats.num` (labels: over `stats.weight`), so that loss x num adds up over micro-batches.
+Shapes: N scores, pairs or rows; P pairs of a ranking; C classes; B rows, T tokens. Half-precision inputs are computed
+in fp32. An empty batch gives a zero that still reaches its inputs: a rank without rows has to take part in the backward
+pass. A reward model's loss is a mean over `stats.num` (labels: over `stats.weight`), so that loss x num adds up over
+micro-batches; PPO's are sums divided by num_tokens, so that they add up as they are.
 """
 
 from __future__ import annotations
@@ -92,6 +93,90 @@ def classification_loss(
     return loss, ClassificationStats(_mean(hits), len(labels), total)
 
 
+class PolicyStats(NamedTuple):
+    """Detached scalars, each Σ over the kept tokens / num_tokens, so that those of micro-batches add up.
+
+    clipfrac: share of the tokens whose loss the clip decides; approxkl: ½ (Δ log π)²; ratio: π/π_old; ratio_square:
+    (ratio − 1)², from which ratio_var comes.
+    """
+
+    clipfrac: Tensor
+    approxkl: Tensor
+    ratio: Tensor
+    ratio_square: Tensor
+
+    @property
+    def ratio_var(self) -> Tensor:
+        """Variance of the ratio over tokens: only of the whole mini-batch, it does not add up."""
+        return self.ratio_square - (self.ratio - 1).square()
+
+
+class ValueStats(NamedTuple):
+    """Detached scalars that add up like PolicyStats. clipfrac: share of the tokens whose loss the clip decides;
+    square_error: (V − R)²."""
+
+    clipfrac: Tensor
+    square_error: Tensor
+
+
+def ppo_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    keep_mask: Tensor,
+    clip_range: float,
+    num_tokens: int | Tensor | None = None,
+) -> tuple[Tensor, PolicyStats]:
+    """Σ max(−A ρ, −A clip(ρ, 1 ± ε)) / num_tokens over the kept tokens, with ρ = exp(log π − log π_old).
+
+    logprobs, old_logprobs, advantages, keep_mask: (B, T), or any one shape. num_tokens: kept tokens of the global
+    mini-batch, None = of this batch. Gradient reaches logprobs only. arXiv 1707.06347, eq. 7.
+    """
+    assert logprobs.shape == old_logprobs.shape == advantages.shape == keep_mask.shape
+    log_ratio = (_wide(logprobs) - _wide(old_logprobs.detach())).masked_fill(~keep_mask, 0.0)
+    gain = _wide(advantages.detach()).masked_fill(~keep_mask, 0.0)
+    count = _token_count(keep_mask, num_tokens)
+    with torch.no_grad():
+        ratio = log_ratio.exp()
+        clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+        # False too where −A ρ is nan, from A = 0 and a ratio that overflowed
+        moves = -gain * ratio >= -gain * clipped
+        stats = PolicyStats(
+            clipfrac=(~moves).to(gain.dtype).sum() / count,
+            approxkl=0.5 * log_ratio.square().sum() / count,
+            ratio=ratio.masked_fill(~keep_mask, 0.0).sum() / count,
+            ratio_square=(ratio - 1).square().sum() / count,
+        )
+    # Clipped tokens are kept out of exp: a ratio that overflowed would make their gradient 0 · inf = nan
+    moving = log_ratio.masked_fill(~moves, 0.0).exp()
+    losses = torch.where(moves, -gain * moving, -gain * clipped)
+    return losses.sum() / count, stats
+
+
+def ppo_value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    keep_mask: Tensor,
+    clip_range: float,
+    num_tokens: int | Tensor | None = None,
+) -> tuple[Tensor, ValueStats]:
+    """½ Σ max((V − R)², (clip(V, V_old ± ε) − R)²) / num_tokens over the kept tokens.
+
+    values, old_values, returns, keep_mask, num_tokens as in ppo_policy_loss. Gradient reaches values only.
+    """
+    assert values.shape == old_values.shape == returns.shape == keep_mask.shape
+    value, old, target = (
+        _wide(t).masked_fill(~keep_mask, 0.0) for t in (values, old_values.detach(), returns.detach())
+    )
+    count = _token_count(keep_mask, num_tokens)
+    free = (value - target).square()
+    clipped = (torch.clamp(value, old - clip_range, old + clip_range) - target).square()
+    with torch.no_grad():
+        stats = ValueStats((clipped > free).to(value.dtype).sum() / count, free.sum() / count)
+    return 0.5 * torch.maximum(free, clipped).sum() / count, stats
+
+
 class RankedPairs(NamedTuple):
     """better, worse (P,): indices of all pairs of different rank within a prompt; weights (P,): 1 / the number of pairs
     of that prompt; shares (N,): 1 / the number of rows of the prompt, 0 where it has no pair; num: prompts that have
@@ -135,6 +220,10 @@ def _pair_losses(better: Tensor, worse: Tensor, margin: Tensor | None, center_co
         difference = difference - margin.to(difference)
     losses = -functional.logsigmoid(difference)
     return losses if center_coef == 0 else losses + center_coef * (better + worse).square()
+
+
+def _token_count(keep_mask: Tensor, num_tokens: int | Tensor | None) -> int | Tensor:
+    return keep_mask.sum().clamp(min=1) if num_tokens is None else num_tokens
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from torch import Tensor
 from rlhf_cli.reward.function import open_function
 from rlhf_cli.reward.http import open_http
 from rlhf_cli.reward.model import ModelSource
-from rlhf_cli.reward.open_model import check_model, open_model
+from rlhf_cli.reward.open_model import Load, check_model, open_model
 from rlhf_cli.reward.rouge import open_rouge
 from rlhf_cli.reward.source import Progress, ScoredText, Source, no_progress
-from rlhf_cli.schema import RewardConfig, RewardSourceConfig
+from rlhf_cli.schema import PolicyRewardConfig, RewardConfig, RewardSourceConfig
 
 
 class Scores(NamedTuple):
@@ -53,17 +53,31 @@ class Rewards:
         return sum(source.cut for source in self.sources if isinstance(source, ModelSource))
 
 
-def open_rewards(config: RewardConfig, device: torch.device) -> Rewards:
-    """Open every source of a config, models on `device`. Raises RlhfError for one that cannot be."""
-    sources = [_open(*named, config, device) for named in _named_sources(config)]
-    return Rewards(sources, config.clip)
+def open_rewards(config: RewardConfig, device: torch.device, load: Load | None = None) -> Rewards:
+    """Open every source of a config, models on `device`. load: see open_model. Raises RlhfError for one that cannot
+    be.
+
+    With running moments the sum is left as it is, to be normalised and then clipped by whoever keeps them.
+    """
+    sources = [_open(*named, config, device, load) for named in _named_sources(config)]
+    return Rewards(sources, None if has_running_moments(config) else config.clip)
+
+
+def has_running_moments(config: RewardConfig) -> bool:
+    """Whether the sum of all sources is normalised by what it was so far (RunningMoments)."""
+    return config.normalize and isinstance(config, PolicyRewardConfig) and config.moments == "running"
+
+
+def _normalizes_sources(config: RewardConfig) -> bool:
+    """Whether each model's score is normalised by the moments stored with it."""
+    return config.normalize and not has_running_moments(config)
 
 
 def describe_rewards(config: RewardConfig) -> dict[str, str]:
     """As Rewards.about: each source is found and checked as open_rewards does, but no weights are loaded."""
     cpu = torch.device("cpu")
     return dict(
-        _line(name, check_model(source, key, config.normalize).about, source.weight)
+        _line(name, check_model(source, key, _normalizes_sources(config)).about, source.weight)
         if source.type in ("model", "classifier")
         else _line(name, _open(source, name, key, config, cpu).about, source.weight)
         for source, name, key in _named_sources(config)
@@ -94,10 +108,17 @@ def source_names(sources: Sequence[RewardSourceConfig]) -> list[str]:
     return names
 
 
-def _open(source: RewardSourceConfig, name: str, key: str, config: RewardConfig, device: torch.device) -> Source:
+def _open(
+    source: RewardSourceConfig,
+    name: str,
+    key: str,
+    config: RewardConfig,
+    device: torch.device,
+    load: Load | None = None,
+) -> Source:
     match source.type:
         case "model" | "classifier":
-            return open_model(source, name, key, device, config.batch_size, config.normalize)
+            return open_model(source, name, key, device, config.batch_size, _normalizes_sources(config), load)
         case "function":
             return open_function(source, name, key)
         case "rouge":

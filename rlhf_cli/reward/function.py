@@ -14,7 +14,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from rlhf_cli.errors import ConfigError, Problem, RunFailed
-from rlhf_cli.reward.source import Progress, ScoredText, checked_rewards, columns_of, plain_prompt
+from rlhf_cli.reward.source import Progress, ScoredText, checked_rewards, columns_of
 from rlhf_cli.schema import RewardSourceConfig
 
 MODULE_PREFIX = "rlhf_reward_"
@@ -49,9 +49,7 @@ class FunctionSource:
             if column in self.wanted or (self.takes_all and column not in ("prompts", "responses"))
         }
         try:
-            values = self.function(
-                [plain_prompt(text.prompt) for text in texts], [text.response for text in texts], **passed
-            )
+            values = self.function([text.asked for text in texts], [text.response for text in texts], **passed)
         except (Exception, SystemExit) as error:  # sys.exit() in a function would end the rank as if all were well
             raise RunFailed(f"{who} raised {_described(error, self.function)}") from error
         rewards = checked_rewards(values, texts, who)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_cli.errors import ConfigError, Problem, RunFailed
-from rlhf_cli.reward.source import Progress, ScoredText, checked_rewards, columns_of, plain_prompt
+from rlhf_cli.reward.source import Progress, ScoredText, checked_rewards, columns_of
 from rlhf_cli.schema import RewardSourceConfig
 
 FIRST_WAIT_SECONDS = 1.0
@@ -55,7 +55,7 @@ class HttpSource:
 
     def _ask(self, batch: Sequence[ScoredText], progress: Progress) -> list[float]:
         question = {
-            "prompts": [plain_prompt(text.prompt) for text in batch],
+            "prompts": [text.asked for text in batch],
             "responses": [text.response for text in batch],
             "columns": columns_of(batch),
         }

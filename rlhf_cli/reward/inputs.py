@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf_cli.data.rows import DialogueRow, Message, RowError, TextRow
-from rlhf_cli.data.templates import Template, render
-from rlhf_cli.data.tokenize import Encoder, encode_rows, row_segments
+from rlhf_cli.data.rows import DialogueRow, Message, RowError, TextRow, plain_prompt
+from rlhf_cli.data.templates import Segment, Template, TemplateRefusal, render, reply_frame
+from rlhf_cli.data.tokenize import Encoder, encode_pieces, encode_rows, row_segments
 from rlhf_cli.errors import DataError
-from rlhf_cli.reward.source import ScoredText, plain_prompt
+from rlhf_cli.reward.source import ScoredText
 
 
 class Inputs(NamedTuple):
@@ -21,29 +21,64 @@ class Inputs(NamedTuple):
     cut: int
 
 
-def decoder_inputs(encoder: Encoder, template: Template, texts: Sequence[ScoredText], max_length: int) -> Inputs:
+def decoder_inputs(
+    encoder: Encoder, template: Template, texts: Sequence[ScoredText], max_length: int, tokenizer_digest: str = ""
+) -> Inputs:
     """The very tokens of training: BOS where the tokenizer adds one, prompt and response segment by segment, and EOS,
-    whether or not whoever wrote the response ended it."""
+    whether or not whoever wrote the response ended it.
+
+    tokenizer_digest: of the model's tokenizer; texts whose tokens are known in that one, and in this template, are not
+    tokenised again.
+    """
+    known = {
+        number: text.token_ids
+        for number, text in enumerate(texts)
+        if text.token_ids is not None and _same_tokens(text, template, tokenizer_digest)
+    }
+    others = [text for number, text in enumerate(texts) if number not in known]
     special = encoder.tokenizer.special_tokens_map
-    rows = []
-    for text in texts:
-        if text.prompt is None or not any(message.content for message in _messages(text)):
-            rows.append(row_segments(TextRow(text.response, text.source), template, special, "all"))
-            continue
-        dialogue = DialogueRow(_messages(text), text.source, num_context=len(text.prompt))
-        try:
-            rows.append(row_segments(dialogue, template, special, "auto"))
-        except RowError as error:
-            raise DataError(f"{error}; choose another one with the reward source's `template`") from error
-    lead = [] if encoder.bos_id is None else [encoder.bos_id]
+    made = iter(encode_rows(encoder, [_segments(text, template, special) for text in others]))
+    closing = _closing(encoder, template) if any(texts[number].prompt is not None for number in known) else []
+    bos = [] if encoder.bos_id is None else [encoder.bos_id]
     token_ids, cut = [], 0
-    for tokens in encode_rows(encoder, rows):
-        ids = tokens.input_ids.tolist()
+    for number, text in enumerate(texts):
+        if number in known:
+            ids = [*known[number], *(closing if text.prompt is not None else [])]
+            ids += [encoder.eos_id] if ids[-1:] != [encoder.eos_id] else []
+        else:
+            ids = next(made).input_ids.tolist()
         if len(ids) > max_length:
             cut += 1
-            ids = lead + ids[len(ids) - max_length + len(lead) :]
+            ids = bos + ids[len(ids) - max_length + len(bos) :]
         token_ids.append(ids)
     return Inputs(token_ids, None, cut)
+
+
+def _same_tokens(text: ScoredText, template: Template, tokenizer_digest: str) -> bool:
+    """Whether the policy's tokens are those that this model would have been trained on; a raw text has no template."""
+    if not tokenizer_digest or text.tokenizer_digest != tokenizer_digest:
+        return False
+    return text.prompt is None or (text.template is not None and text.template.jinja == template.jinja)
+
+
+def _segments(text: ScoredText, template: Template, special: Mapping[str, str]) -> list[Segment]:
+    if text.prompt is None or not any(message.content for message in _messages(text)):
+        return row_segments(TextRow(text.lead + text.response, text.source), template, special, "all")
+    dialogue = DialogueRow(_messages(text), text.source, num_context=len(text.prompt))
+    try:
+        return row_segments(dialogue, template, special, "auto")
+    except RowError as error:
+        raise DataError(f"{error}; choose another one with the reward source's `template`") from error
+
+
+def _closing(encoder: Encoder, template: Template) -> list[int]:
+    """Tokens that training has behind the words of a last reply, but EOS."""
+    try:
+        closing = reply_frame(template, encoder.tokenizer.special_tokens_map).closing
+    except TemplateRefusal as error:
+        raise DataError(f"{error}; choose another one with the reward source's `template`") from error
+    ids: list[int] = encode_pieces(encoder, [closing], first=False)[0].tolist()
+    return ids
 
 
 def encoder_inputs(tokenizer: Any, template: Template, texts: Sequence[ScoredText], max_length: int) -> Inputs:
@@ -64,7 +99,7 @@ def encoder_inputs(tokenizer: Any, template: Template, texts: Sequence[ScoredTex
 
 def _as_texts(tokenizer: Any, template: Template, text: ScoredText) -> tuple[str, ...]:
     if text.prompt is None:
-        return (text.response,)
+        return (text.lead + text.response,)
     if template.name == "none":
         return (plain_prompt(text.prompt), text.response)
     return (render(template, tokenizer.special_tokens_map, _messages(text), False),)

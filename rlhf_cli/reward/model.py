@@ -54,7 +54,7 @@ class ModelSource:
     def score(self, texts: Sequence[ScoredText], progress: Progress) -> list[float]:
         """In batches of texts of like length; the score of a text does not depend on what it is padded with."""
         for index, text in enumerate(texts):
-            for content in (text.response, *(message.content for message in text.prompt or ())):
+            for content in (text.response, text.lead, *(message.content for message in text.prompt or ())):
                 if half_character(content) is not None:
                     raise DataError(
                         f"reward source {self.name!r}: half a character (a cut surrogate pair, no valid Unicode) in"

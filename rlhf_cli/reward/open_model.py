@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,14 +20,14 @@ from rlhf_cli.data.tokenize import make_encoder
 from rlhf_cli.errors import ModelError
 from rlhf_cli.files import digest_tree
 from rlhf_cli.models.load import check_complete, is_classifier, load_weights, read_config, resolve_dtype
-from rlhf_cli.models.lora import plain_model
+from rlhf_cli.models.lora import load_adapter, plain_model
 from rlhf_cli.models.reward import enable_scores, load_reward_model, reads_last_token
-from rlhf_cli.models.tokenizer import load_tokenizer
+from rlhf_cli.models.tokenizer import load_tokenizer, tokenizer_digest
 from rlhf_cli.ops.label_measures import measured
 from rlhf_cli.reward.inputs import decoder_inputs, encoder_inputs
 from rlhf_cli.reward.locate import Located, locate
 from rlhf_cli.reward.model import Encode, ModelSource, Moments, forward_at_last, forward_with_mask
-from rlhf_cli.schema import ModelConfig, RewardSourceConfig
+from rlhf_cli.schema import LoadedModelConfig, RewardSourceConfig
 
 
 class Checked(NamedTuple):
@@ -42,6 +41,9 @@ class Checked(NamedTuple):
     label: int | None
     moments: Moments | None
     about: str
+
+
+Load = Callable[[RewardSourceConfig, Checked, torch.device], Any]
 
 
 def check_model(config: RewardSourceConfig, key: str, normalize: bool) -> Checked:
@@ -67,16 +69,24 @@ def check_model(config: RewardSourceConfig, key: str, normalize: bool) -> Checke
 
 
 def open_model(
-    config: RewardSourceConfig, name: str, key: str, device: torch.device, batch_size: int, normalize: bool
+    config: RewardSourceConfig,
+    name: str,
+    key: str,
+    device: torch.device,
+    batch_size: int,
+    normalize: bool,
+    load: Load | None = None,
 ) -> ModelSource:
-    """Load what reward.sources[].path names. key: the source's place in the config, for messages.
+    """Load what reward.sources[].path names. key: the source's place in the config, for messages. load: makes the
+    model, where somebody else keeps its weights; None = load_classifier, and on to the device.
 
     Raises ModelError as check_model does, and for weights that are pickled, incomplete, or no adapter of their base.
     """
     checked = check_model(config, key, normalize)
     tokenizer, template = checked.tokenizer, checked.template
     with _named(key):
-        model = load_classifier(config, checked, device).to(device).eval()
+        model = load(config, checked, device) if load else load_classifier(config, checked, device).to(device)
+    model.eval()
     plain = plain_model(model)
     length = min(config.max_length, longest_input(plain, tokenizer))
     source = partial(
@@ -95,7 +105,8 @@ def open_model(
         enable_scores(model)
         with _named(key):
             encoder = make_encoder(tokenizer)
-        encode = _seen(config, partial(decoder_inputs, encoder, template, max_length=length))
+        digest = tokenizer_digest(tokenizer)
+        encode = _seen(config, partial(decoder_inputs, encoder, template, max_length=length, tokenizer_digest=digest))
         return source(encode=encode, forward=forward_at_last(model), pad_id=encoder.eos_id)
     encode = _seen(config, partial(encoder_inputs, tokenizer, template, max_length=length))
     # A pooling that looks for padding may take an end of the text for it.
@@ -108,7 +119,7 @@ def open_model(
 def load_classifier(config: RewardSourceConfig, checked: Checked, device: torch.device) -> Any:
     """A sequence classifier on CPU, adapters included."""
     found = checked.found
-    settings = ModelConfig(
+    settings = LoadedModelConfig(
         path=found.path, revision=config.revision, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
     dtype = resolve_dtype(config.dtype, device)
@@ -128,7 +139,7 @@ def _check_classifier(architecture: PretrainedConfig, path: str) -> None:
         )
 
 
-def _load_adapter(settings: ModelConfig, checked: Checked, dtype: torch.dtype) -> PeftModel:
+def _load_adapter(settings: LoadedModelConfig, checked: Checked, dtype: torch.dtype) -> PeftModel:
     found = checked.found
     assert found.base is not None
     if found.base_digest and Path(found.base).is_dir() and digest_tree(Path(found.base)) != found.base_digest:
@@ -139,12 +150,9 @@ def _load_adapter(settings: ModelConfig, checked: Checked, dtype: torch.dtype) -
     tokens = len(checked.tokenizer)
     base = load_reward_model(settings, found.base, dtype, checked.labels or None, seed=0, num_tokens=tokens)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "Found missing adapter keys")
-            return PeftModel.from_pretrained(base, found.path, autocast_adapter_dtype=False, torch_device="cpu")
-    except (RuntimeError, ValueError, UserWarning) as error:
-        first = str(error).strip().split("\n")[0]
-        raise ModelError(f"model.path: the adapter {found.path} does not fit its base {found.base}: {first}") from error
+        return load_adapter(base, found.path)
+    except ModelError as error:
+        raise ModelError(f"model.path: {error} ({found.base})") from error
 
 
 def _about(config: RewardSourceConfig, kind: str, template: str, labels: list[str], label: int | None) -> str:
@@ -157,7 +165,7 @@ def _seen(config: RewardSourceConfig, encode: Encode) -> Encode:
     """What of a text the model gets to see."""
     if config.sees == "dialogue":
         return encode
-    return lambda texts: encode([replace(text, prompt=None) for text in texts])
+    return lambda texts: encode([replace(text, prompt=None, lead="", token_ids=None) for text in texts])
 
 
 def longest_input(model: PreTrainedModel, tokenizer: Any) -> int:
@@ -224,7 +232,7 @@ def _single_score(logits: Tensor) -> Tensor:
 
 def _label_names(architecture: PretrainedConfig, found: Located) -> list[str]:
     """In order; empty for one score."""
-    count = architecture.num_labels if found.base is None else _head_rows(Path(found.path))
+    count = architecture.num_labels if found.base is None else head_rows(Path(found.path))
     if count == 1:
         return []
     stored = found.info.get("labels")
@@ -233,7 +241,7 @@ def _label_names(architecture: PretrainedConfig, found: Located) -> list[str]:
     return [str(architecture.id2label.get(i, f"LABEL_{i}")) for i in range(count)]
 
 
-def _head_rows(adapter: Path) -> int:
+def head_rows(adapter: Path) -> int:
     """How many scores the head in an adapter gives."""
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         names = [name for name in file.keys() if name.endswith(".score.weight")]  # noqa: SIM118  # no dict

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Protocol
 
-from rlhf_cli.data.rows import Message
+from rlhf_cli.data.rows import Message, plain_prompt
+from rlhf_cli.data.templates import Template
 from rlhf_cli.errors import RunFailed
 
 Progress = Callable[[int], None]  # so many more texts are scored; 0 = still at work
@@ -19,14 +20,27 @@ class ScoredText:
     """One thing to score.
 
     prompt: the dialogue that the response answers, to be written in a model's own template; None = the response is raw
-    text, which stands for itself. columns: further columns of the row, for functions, references and scoring servers.
-    source: where the row stands, for messages.
+    text, which stands for itself or continues `lead`. columns: further columns of the row, for functions, references
+    and scoring servers. source: where the row stands, for messages.
+
+    token_ids: prompt and response, without an end, as the policy had and wrote them, in tokens of the tokenizer with
+    this digest and of this template; a model with the same two reads them as they are instead of tokenising the text
+    again, which may cut it elsewhere.
     """
 
     prompt: tuple[Message, ...] | None
     response: str
     columns: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
+    lead: str = ""
+    token_ids: tuple[int, ...] | None = None
+    tokenizer_digest: str = ""
+    template: Template | None = None
+
+    @property
+    def asked(self) -> str:
+        """The prompt as text without a template."""
+        return self.lead if self.prompt is None else plain_prompt(self.prompt)
 
 
 class Source(Protocol):
@@ -47,19 +61,6 @@ def no_progress(scored: int) -> None:
     """For callers that show none."""
 
 
-def plain_prompt(prompt: tuple[Message, ...] | None) -> str:
-    """A prompt as text without any template: its words alone if it is one message of the user, else with the roles.
-
-    >>> plain_prompt((Message("user", "Hi"), Message("assistant", "Yes?"), Message("user", "Why?")))
-    'User: Hi\\n\\nAssistant: Yes?\\n\\nUser: Why?'
-    """
-    if not prompt:
-        return ""
-    if len(prompt) == 1 and prompt[0].role == "user":
-        return prompt[0].content
-    return "\n\n".join(f"{message.role.capitalize()}: {message.content}" for message in prompt)
-
-
 def columns_of(texts: Sequence[ScoredText]) -> dict[str, list[Any]]:
     """column -> its value for each text, None where a text has no such column."""
     names = dict.fromkeys(name for text in texts for name in text.columns)
@@ -69,7 +70,7 @@ def columns_of(texts: Sequence[ScoredText]) -> dict[str, list[Any]]:
 def describe(text: ScoredText, index: int) -> str:
     """How messages name one text: its number in the batch, the row, and how it starts."""
     where = f" ({text.source})" if text.source else ""
-    start = plain_prompt(text.prompt) or text.response
+    start = text.asked or text.response
     return f"sample {index}{where}, which starts {start[:60]!r}"
 
 

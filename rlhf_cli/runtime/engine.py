@@ -10,7 +10,7 @@ import copy
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -137,7 +137,7 @@ def make_engine(
     inner, *_ = ds.initialize(model=model, optimizer=optimizer, config=config)
     if twin is not None:
         # Parameters are shared; buffers are not, and DeepSpeed moved only the model's own to the device.
-        _move_buffers(twin, ranks.device)
+        move_buffers(twin, ranks.device)
     return Engine(inner, twin, ranks)
 
 
@@ -236,6 +236,16 @@ def gathered_for_generation(engine: Engine) -> Iterator[nn.Module]:
         module.train(was_training)
 
 
+@contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Under ZeRO-3 these parameters are whole inside; all ranks enter and leave. Contexts must not overlap.
+
+    For module trees that share an engine's parameters and none of its hooks.
+    """
+    with ds.zero.GatheredParameters(list(parameters), modifier_rank=None):
+        yield
+
+
 def _whole_on_main(engine: Engine, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
     # For any other tensor than a ZeRO-3 parameter the context does nothing.
     with ds.zero.GatheredParameters([value], modifier_rank=None):
@@ -268,10 +278,11 @@ def _finish_sharded_model(model: nn.Module, dtype: torch.dtype, ranks: Ranks) ->
     for parameter in model.parameters():
         if not hasattr(parameter, "ds_id") and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    _move_buffers(model, ranks.device)
+    move_buffers(model, ranks.device)
 
 
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move a model's buffers, and nothing else, to a device."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

@@ -127,9 +127,15 @@ def write_piece(engine: Engine, parameter: Any, kind: str, values: torch.Tensor)
 
 def whole(engine: Engine, parameter: Any, kind: str) -> torch.Tensor:
     """All ranks' pieces put together, on every rank: (numel,) fp32 on the device. All ranks call it."""
+    return put_together(engine, parameter, read_piece(engine, parameter, kind))
+
+
+def put_together(engine: Engine, parameter: Any, piece: torch.Tensor) -> torch.Tensor:
+    """The whole of something of which every rank has the elements of its piece: piece (end - start,) fp32 -> (numel,)
+    on every rank's device. All ranks call it."""
     start, end = piece_range(engine, parameter)
     bits = torch.zeros(numel(parameter), dtype=torch.int32, device=engine.ranks.device)
-    bits[start:end] = read_piece(engine, parameter, kind).to(bits.device).contiguous().view(torch.int32)
+    bits[start:end] = piece.to(bits.device).contiguous().view(torch.int32)
     # Each element lives on one rank, the others add zero bits: a sum that is exact for every float, -0.0 included.
     dist.all_reduce(bits, op=dist.ReduceOp.SUM)
     return bits.view(torch.float32)

@@ -50,7 +50,7 @@ def export_state(engine: Engine, directory: Path) -> None:
     Parameter i is put together and written by rank i mod world size, in files of about a gigabyte. A rank that cannot
     write goes on with the collectives, so that the others do not wait for it, and raises OSError at the end.
     """
-    writer = _ShardWriter(directory, engine.ranks.rank)
+    writer = ShardWriter(directory, engine.ranks.rank)
     for name, whole in _wholes(engine):
         writer.add(name, whole)
     writer.flush()
@@ -123,7 +123,7 @@ def restore_state(engine: Engine, held: HeldState) -> None:
     _put(engine, {name: held.steps[name] for name in parameters if name in held.steps}, read)
 
 
-class _ShardWriter:
+class ShardWriter:
     """Gathers tensors and writes a file whenever there are enough. A failure stops the writing, not the caller."""
 
     def __init__(self, directory: Path, rank: int):

@@ -92,9 +92,11 @@ def _base_digest(config: dict[str, Any], found: list[dict[str, str]]) -> str | N
     frozen = config.get("lora", {}).get("enabled") or settings.get("trainable", {}).get("mode", "all") != "all"
     if not path or not frozen:
         return None
-    if found:
-        return found[0]["digest"]
-    return digest_tree(Path(path).expanduser()) if Path(path).expanduser().is_dir() else None
+    directory = Path(path).expanduser()
+    of_run = [entry["digest"] for entry in found if entry["run_dir"] == str(directory.resolve())]
+    if of_run:  # of a run's model; the other entries are rewards
+        return of_run[0]
+    return digest_tree(directory) if directory.is_dir() else None
 
 
 def _check_unchanged(

@@ -51,6 +51,11 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log(numbers, step=line["step"])
 
+    def text(self, name: str, markdown: str, step: int) -> None:
+        """A piece of text for TensorBoard."""
+        if self._tensorboard is not None:
+            self._tensorboard.add_text(name, markdown, step)
+
     def close(self) -> None:
         """Flush everything."""
         self._file.close()

@@ -62,6 +62,72 @@ def plot_judgement(run_dir: Path, title: str, report: dict[str, Any]) -> Path:
     return _save(figure, run_dir / "plots" / "scores.png")
 
 
+POLICY_PANELS = (
+    ("objective/kl", "KL to reference (nats)"),
+    ("policy/clipfrac_avg", "clip fraction"),
+    ("text/length", "length (tokens)"),
+    ("policy/entropy_avg", "entropy (nats per token)"),
+    ("text/distinct_2", "distinct-2"),
+    ("text/separator_ratio", "separator ratio"),
+)
+
+
+def plot_policy(run_dir: Path, title: str) -> Path | None:
+    """plots/policy.png: reward of rollouts and of held-out prompts, reward over √KL (Gao et al. 2210.10760), and the
+    figures by which over-optimisation shows. Returns None when nothing was logged."""
+    lines = list(read_metrics(run_dir))
+    if not any("objective/scores" in line for line in lines):
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 10), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(3, 3).flatten()
+    _draw_rewards(panels[0], lines)
+    _draw_frontier(panels[1], lines)
+    for axes, (name, label) in zip(panels[2:], POLICY_PANELS, strict=False):
+        axes.plot(*_series(lines, name), color="#2171b5", linewidth=1)
+        axes.set(xlabel="iteration", ylabel=label)
+        axes.grid(alpha=0.3)
+    _draw_losses(panels[8], lines)
+    return _save(figure, run_dir / "plots" / "policy.png")
+
+
+def _draw_rewards(axes: Any, lines: list[dict[str, Any]]) -> None:
+    steps, values = _series(lines, "objective/scores")
+    axes.plot(steps, values, color="#9ecae1", linewidth=0.8, label="rollouts")
+    if len(values) >= 20:
+        axes.plot(steps, _smooth(values), color="#2171b5", label="rollouts, smoothed")
+    steps, values = _series(lines, "eval_reward")
+    _, errors = _series(lines, "eval_reward_stderr")
+    if values:
+        axes.errorbar(steps, values, errors, fmt="o-", color="#d94801", markersize=3, capsize=2, label="held-out")
+    axes.set(xlabel="iteration", ylabel="reward")
+    axes.legend()
+    axes.grid(alpha=0.3)
+
+
+def _draw_frontier(axes: Any, lines: list[dict[str, Any]]) -> None:
+    """Each source's reward over √KL, so that a proxy that goes on rising while another falls is seen."""
+    names = sorted({name for line in lines for name in line if name.startswith("reward/")})
+    for name in ["objective/scores"] if len(names) < 2 else names:
+        points = [(line["objective/kl"], line[name]) for line in lines if name in line and "objective/kl" in line]
+        axes.scatter([math.sqrt(max(0.0, kl)) for kl, _ in points], [v for _, v in points], s=8, label=name)
+    axes.set(xlabel="√KL", ylabel="reward")
+    axes.legend()
+    axes.grid(alpha=0.3)
+
+
+def _draw_losses(axes: Any, lines: list[dict[str, Any]]) -> None:
+    for name, color in (("loss/policy_avg", "#2171b5"), ("loss/value_avg", "#d94801"), ("loss/ptx", "#31a354")):
+        steps, values = _series(lines, name)
+        if values:
+            axes.plot(steps, values, color=color, linewidth=1, label=name)
+    axes.set(xlabel="iteration", ylabel="loss")
+    axes.legend()
+    axes.grid(alpha=0.3)
+
+
 def _draw_loss(axes: Any, lines: list[dict[str, Any]]) -> None:
     axes.plot(*_series(lines, "loss"), color="#9ecae1", linewidth=0.8, label="train")
     steps, values = _series(lines, "loss")

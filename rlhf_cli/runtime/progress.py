@@ -8,6 +8,7 @@ from typing import Literal, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 LINE_SECONDS = 10.0  # between two lines when there is no bar
 
@@ -47,6 +48,14 @@ class Display:
                 self._last_line = now
                 self.say(f"{self.title} {self._unit} {done}/{self._total}  {text}  left {self._left(done)}")
 
+    def phase(self, text: str) -> None:
+        """Show what goes on inside a long step."""
+        if self._bar is not None:
+            self._bar.update(self._task, figures=text)
+        elif self.mode == "lines" and time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._last_line = time.monotonic()
+            self.say(f"{self.title} {text}")
+
     def _left(self, done: int) -> str:
         ran = done - self._start_step
         seconds = (time.monotonic() - self._started) / max(1, ran) * (self._total - done)
@@ -61,6 +70,15 @@ class Display:
         table = Table(title=title, show_header=False, title_justify="left")
         for name, value in rows:
             table.add_row(name, value)
+        self.console.print(table)
+
+    def grid(self, title: str, names: list[str], rows: list[list[str]]) -> None:
+        """A table with a line between its rows, which may be texts of several lines; not shown with progress=none."""
+        if self.mode == "none":
+            return
+        table = Table(*names, title=title, title_justify="left", show_lines=True)
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))  # Text: brackets in a response are no markup
         self.console.print(table)
 
     def stop(self) -> None:

@@ -1,13 +1,40 @@
 """What a config may say: one dataclass per section, with defaults, meanings, allowed values and checks."""
 
 from rlhf_cli.schema.build import build, flatten, from_file, known_keys, suggest, to_dict
-from rlhf_cli.schema.data import ComparisonDataConfig, DataConfig, FilterConfig, SourceConfig, TrainingSourceConfig
+from rlhf_cli.schema.data import (
+    ComparisonDataConfig,
+    DataConfig,
+    FilterConfig,
+    PromptDataConfig,
+    PtxDataConfig,
+    SourceConfig,
+    TrainingSourceConfig,
+)
+from rlhf_cli.schema.generation import GenerationConfig, RolloutConfig, SamplingConfig
 from rlhf_cli.schema.job import DeepspeedConfig, LaunchConfig, LoggingConfig, ProgressConfig
-from rlhf_cli.schema.model import ArchConfig, LoraConfig, MergeConfig, ModelConfig, TokenizerConfig, TrainableConfig
-from rlhf_cli.schema.reward import RewardConfig, RewardSourceConfig
+from rlhf_cli.schema.model import (
+    ArchConfig,
+    LoadedModelConfig,
+    LoraConfig,
+    MergeConfig,
+    ModelConfig,
+    TokenizerConfig,
+    TrainableConfig,
+)
+from rlhf_cli.schema.reward import PolicyRewardConfig, RewardConfig, RewardSourceConfig, RuleConfig
+from rlhf_cli.schema.rl import (
+    AlarmConfig,
+    AlgorithmConfig,
+    EvalConfig,
+    PtxConfig,
+    RlLoggingConfig,
+    RlTrainConfig,
+)
 from rlhf_cli.schema.stages import (
     STAGES,
     MergeLoraConfig,
+    ModelledConfig,
+    PpoConfig,
     RmConfig,
     ScoreConfig,
     SftConfig,
@@ -15,29 +42,44 @@ from rlhf_cli.schema.stages import (
     StageInfo,
     TrainedConfig,
 )
-from rlhf_cli.schema.training import ComparisonConfig, EarlyStoppingConfig, GenerationConfig, OptimConfig, TrainConfig
+from rlhf_cli.schema.training import ComparisonConfig, EarlyStoppingConfig, OptimConfig, TrainConfig
 
 __all__ = [
     "STAGES",
+    "AlarmConfig",
+    "AlgorithmConfig",
     "ArchConfig",
     "ComparisonConfig",
     "ComparisonDataConfig",
     "DataConfig",
     "DeepspeedConfig",
     "EarlyStoppingConfig",
+    "EvalConfig",
     "FilterConfig",
     "GenerationConfig",
     "LaunchConfig",
+    "LoadedModelConfig",
     "LoggingConfig",
     "LoraConfig",
     "MergeConfig",
     "MergeLoraConfig",
     "ModelConfig",
+    "ModelledConfig",
     "OptimConfig",
+    "PolicyRewardConfig",
+    "PpoConfig",
     "ProgressConfig",
+    "PromptDataConfig",
+    "PtxConfig",
+    "PtxDataConfig",
     "RewardConfig",
     "RewardSourceConfig",
+    "RlLoggingConfig",
+    "RlTrainConfig",
     "RmConfig",
+    "RolloutConfig",
+    "RuleConfig",
+    "SamplingConfig",
     "ScoreConfig",
     "SftConfig",
     "SourceConfig",

@@ -111,3 +111,36 @@ class ComparisonDataConfig(TrainingSourceConfig):
     split_seed: int = opt(
         0, "which labelled rows are for evaluation: drawn class by class, since such files are often sorted", ge=0
     )
+
+
+@dataclass
+class PromptDataConfig(SourceConfig):
+    """Prompts that a policy answers."""
+
+    template: TemplateName = opt(
+        "auto", "how a dialogue becomes text; auto = the template of the model's run, else the tokenizer's, else none"
+    )
+    max_prompt_length: int = opt(256, "longest prompt in tokens", ge=1)
+    overlong: Literal["drop", "truncate"] = opt(
+        "drop", "a prompt over max_prompt_length is dropped and counted, or loses its start"
+    )
+    prompt_tokens: int = opt(16, "a plain .txt file gives prompts of so many tokens, cut at every line's start", ge=1)
+    validation_split_percentage: float = opt(
+        0.0, "the last percent of the prompts are for evaluation only", ge=0, lt=100
+    )
+    eval_path: str | list[str] | None = opt(None, "prompts for evaluation instead of a split")
+    deduplicate: bool = opt(False, "drop exact repeats of a prompt")
+
+    def check(self) -> Iterator[Problem]:
+        yield from super().check()
+        if self.eval_path and self.validation_split_percentage:
+            yield Problem("eval_path", "contradicts data.validation_split_percentage; drop one of the two")
+
+
+@dataclass
+class PtxDataConfig(DataConfig):
+    """Pretraining text beside the prompts; needed only when its loss has a weight."""
+
+    def check(self) -> Iterator[Problem]:
+        if self.path:
+            yield from super().check()

@@ -67,14 +67,11 @@ class TrainableConfig:
 
 
 @dataclass
-class ModelConfig:
-    """The model to start from."""
+class LoadedModelConfig:
+    """A model that exists, and what of it is trained."""
 
     path: str | None = opt(None, "run directory, local HF directory, or hub id")
     revision: str | None = opt(None, "branch, tag or commit of a hub id")
-    init: Literal["pretrained", "scratch"] = opt("pretrained", "load weights, or make random ones from model.arch")
-    arch: ArchConfig = section(ArchConfig, "architecture of a model from scratch")
-    tokenizer: TokenizerConfig = section(TokenizerConfig, "tokenizer")
     dtype: Literal["auto", "bf16", "fp32", "fp16"] = opt(
         "auto", "precision of weights and matrix products; auto = bf16 on a GPU (fp16 where it lacks that), fp32 on CPU"
     )
@@ -85,6 +82,19 @@ class ModelConfig:
     trust_remote_code: bool = opt(False, "run Python code that comes with a model; only for sources you trust")
     quantization: Literal["none", "nf4"] = opt("none", "nf4: 4-bit frozen weights under LoRA (QLoRA); GPU only")
     trainable: TrainableConfig = section(TrainableConfig, "which parameters are trained")
+
+    def check(self) -> Iterator[Problem]:
+        if not self.path:
+            yield Problem("path", "is required: a run directory, a local HF directory or a hub id")
+
+
+@dataclass
+class ModelConfig(LoadedModelConfig):
+    """The model to start from: one that exists, or a new one."""
+
+    init: Literal["pretrained", "scratch"] = opt("pretrained", "load weights, or make random ones from model.arch")
+    arch: ArchConfig = section(ArchConfig, "architecture of a model from scratch")
+    tokenizer: TokenizerConfig = section(TokenizerConfig, "tokenizer")
 
     def check(self) -> Iterator[Problem]:
         if self.init == "pretrained":

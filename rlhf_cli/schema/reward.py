@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -82,6 +83,35 @@ class RewardSourceConfig:
 
 
 @dataclass
+class RuleConfig:
+    """A rule that a response should not hit. One of pattern, repeat and min_tokens says what is looked for."""
+
+    pattern: str | None = opt(None, "regular expression searched in the response, e.g. '#' or a list of emoticons")
+    repeat: int | None = opt(
+        None, "a piece of text or emoticon that stands so many times in a row (or `ngram` words, anywhere)", ge=2
+    )
+    ngram: int | None = opt(None, "repeat: so many words that occur `repeat` times, in a row or not", ge=1)
+    min_tokens: int | None = opt(None, "a response with fewer tokens, its end not counted", ge=1)
+    name: str | None = opt(None, "under which hits are logged; null = what it looks for")
+    action: Literal["score", "discard"] = opt(
+        "score", "score: the reward is `score` instead; discard: the response is not used, and another one is drawn"
+    )
+    score: float = opt(-1.0, "reward of a response that hits the rule; of several hits the lowest counts")
+
+    def check(self) -> Iterator[Problem]:
+        named = [n for n in ("pattern", "repeat", "min_tokens") if getattr(self, n) is not None]
+        if len(named) != 1:
+            yield Problem("pattern", f"name one of pattern, repeat, min_tokens; got {' and '.join(named) or 'none'}")
+        if self.ngram is not None and self.repeat is None:
+            yield Problem("ngram", "belongs to repeat, e.g. {repeat: 4, ngram: 3}")
+        if self.pattern is not None:
+            try:
+                re.compile(self.pattern)
+            except re.error as error:
+                yield Problem("pattern", f"{self.pattern!r} is no regular expression: {error}")
+
+
+@dataclass
 class RewardConfig:
     """What scores a response."""
 
@@ -99,3 +129,20 @@ class RewardConfig:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             yield Problem("sources", f"has a name twice: {', '.join(twice)}")
+
+
+@dataclass
+class PolicyRewardConfig(RewardConfig):
+    """What scores the responses of a policy that is being trained."""
+
+    moments: Literal["manifest", "running"] = opt(
+        "manifest",
+        "normalize: mean and std that `rlhf rm` stored with each reward model; or, of the sum of all sources, those of"
+        " all responses so far",
+    )
+    rules: list[RuleConfig] = opt([], "what a response should not do, e.g. {pattern: '#', score: -1}")
+
+    def check(self) -> Iterator[Problem]:
+        yield from super().check()
+        if self.moments == "running" and not self.normalize:
+            yield Problem("moments", "running is read with reward.normalize=true only; set it")

@@ -7,12 +7,20 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from rlhf_cli.errors import Problem
-from rlhf_cli.schema.data import ComparisonDataConfig, DataConfig, SourceConfig, TrainingSourceConfig
+from rlhf_cli.schema.data import (
+    ComparisonDataConfig,
+    DataConfig,
+    PromptDataConfig,
+    SourceConfig,
+    TrainingSourceConfig,
+)
 from rlhf_cli.schema.fields import opt, section
+from rlhf_cli.schema.generation import GenerationConfig, RolloutConfig
 from rlhf_cli.schema.job import DeepspeedConfig, LaunchConfig, LoggingConfig, ProgressConfig
-from rlhf_cli.schema.model import LoraConfig, MergeConfig, ModelConfig
-from rlhf_cli.schema.reward import RewardConfig
-from rlhf_cli.schema.training import ComparisonConfig, GenerationConfig, OptimConfig, TrainConfig
+from rlhf_cli.schema.model import LoadedModelConfig, LoraConfig, MergeConfig, ModelConfig
+from rlhf_cli.schema.reward import PolicyRewardConfig, RewardConfig
+from rlhf_cli.schema.rl import AlgorithmConfig, EvalConfig, RlLoggingConfig, RlTrainConfig
+from rlhf_cli.schema.training import ComparisonConfig, OptimConfig, TrainConfig
 
 
 @dataclass
@@ -27,20 +35,32 @@ class StageConfig:
 
 
 @dataclass
-class TrainedConfig(StageConfig):
-    """What a stage has that trains one model by the supervised loop."""
+class ModelledConfig(StageConfig):
+    """What a stage has that trains a model."""
 
-    model: ModelConfig = section(ModelConfig, "the model to start from")
+    model: LoadedModelConfig = section(LoadedModelConfig, "the model to start from")
     lora: LoraConfig = section(LoraConfig, "low-rank adapters")
-    data: TrainingSourceConfig = section(TrainingSourceConfig, "what is read and how it becomes tokens")
     optim: OptimConfig = section(OptimConfig, "AdamW and its schedule")
-    train: TrainConfig = section(TrainConfig, "length and rhythm of the training")
     deepspeed: DeepspeedConfig = section(DeepspeedConfig, "how the training is spread over the ranks")
     launch: LaunchConfig = section(LaunchConfig, "how the ranks are started")
     logging: LoggingConfig = section(LoggingConfig, "where progress is shown")
 
     def check(self) -> Iterator[Problem]:
         yield from check_adapters(self.model, self.lora, self.deepspeed)
+
+
+@dataclass
+class TrainedConfig(ModelledConfig):
+    """What a stage has that trains by the supervised loop."""
+
+    model: ModelConfig = section(ModelConfig, "the model to start from")
+    data: TrainingSourceConfig = section(TrainingSourceConfig, "what is read and how it becomes tokens")
+    train: TrainConfig = section(TrainConfig, "length and rhythm of the training")
+
+    def check(self) -> Iterator[Problem]:
+        yield from super().check()
+        if self.lora.enabled and self.model.init == "scratch":
+            yield Problem("lora.enabled", "an adapter on random weights learns nothing; drop it or model.init=scratch")
         if self.train.early_stopping.patience and not has_eval(self.data):
             yield Problem(
                 "train.early_stopping.patience",
@@ -78,6 +98,52 @@ class RmConfig(TrainedConfig):
 
 
 @dataclass
+class PpoConfig(ModelledConfig):
+    """Proximal policy optimisation against reward sources."""
+
+    stage: Literal["ppo"] = opt("ppo", "the stage this config is for")
+    model: LoadedModelConfig = section(LoadedModelConfig, "the policy to start from")
+    lora: LoraConfig = section(LoraConfig, "low-rank adapters, of policy and critic")
+    data: PromptDataConfig = section(PromptDataConfig, "prompts that the policy answers")
+    generation: RolloutConfig = section(RolloutConfig, "how it answers")
+    reward: PolicyRewardConfig = section(PolicyRewardConfig, "what scores the answers")
+    ppo: AlgorithmConfig = section(AlgorithmConfig, "how the policy learns from the scores")
+    train: RlTrainConfig = section(RlTrainConfig, "rhythm of the training")
+    eval: EvalConfig = section(EvalConfig, "what is measured beside")
+    logging: RlLoggingConfig = section(RlLoggingConfig, "where progress and samples are shown")
+
+    def check(self) -> Iterator[Problem]:
+        yield from super().check()
+        if self.model.trainable.mode == "lisa":
+            yield Problem("model.trainable.mode", "lisa is for supervised stages; use all, last_layers or patterns")
+        if self.lora.dropout:
+            yield Problem("lora.dropout", "must be 0: with dropout the ratio of new to old policy would not start at 1")
+        if self.generation.temperature == 0:
+            yield Problem("generation.temperature", "must be > 0: the likeliest token teaches nothing")
+        held_out = self.data.eval_path or self.data.validation_split_percentage
+        if self.ppo.alarms.action == "stop" and not (held_out and self.train.eval_every):
+            yield Problem(
+                "ppo.alarms.action",
+                "stop hands over the best policy so far: set train.eval_every, and hold prompts out"
+                " (data.validation_split_percentage or data.eval_path)",
+            )
+        yield from self._check_sharing()
+
+    def _check_sharing(self) -> Iterator[Problem]:
+        settings = self.ppo
+        if settings.sharing == "separate":
+            return
+        if not self.lora.enabled:
+            yield Problem("ppo.sharing", "hydra trains adapters on one frozen base; set lora.enabled=true (lora=r16)")
+        if settings.ref is not None:
+            yield Problem("ppo.ref", "with ppo.sharing=hydra the reference is the base itself; drop it")
+        if settings.critic not in ("auto", "reward", "policy"):
+            yield Problem("ppo.critic", "with ppo.sharing=hydra: auto, reward or policy")
+        if self.model.quantization != "none":
+            yield Problem("ppo.sharing", "hydra does not share nf4 weights; use separate or model.quantization=none")
+
+
+@dataclass
 class MergeLoraConfig(StageConfig):
     """Adapter + base -> plain model."""
 
@@ -106,12 +172,24 @@ def has_eval(data: TrainingSourceConfig) -> bool:
     return bool(data.eval_path) or data.validation_split_percentage > 0
 
 
-def check_adapters(model: ModelConfig, lora: LoraConfig, deepspeed: DeepspeedConfig) -> Iterator[Problem]:
+def responses_accumulation(config: PpoConfig, world_size: int) -> int | Problem:
+    """rollout_batch_size / num_mini_batches / (micro_batch_size x world size), exact, or the problem with it."""
+    mini_batch = config.ppo.rollout_batch_size // config.ppo.num_mini_batches
+    per_forward = config.train.micro_batch_size * world_size
+    if mini_batch % per_forward:
+        return Problem(
+            "ppo.rollout_batch_size",
+            f"{config.ppo.rollout_batch_size} / num_mini_batches {config.ppo.num_mini_batches} = {mini_batch} is not a"
+            f" multiple of train.micro_batch_size x number of ranks = {config.train.micro_batch_size} x {world_size} ="
+            f" {per_forward}",
+        )
+    return mini_batch // per_forward
+
+
+def check_adapters(model: LoadedModelConfig, lora: LoraConfig, deepspeed: DeepspeedConfig) -> Iterator[Problem]:
     """What LoRA, quantisation, selective training and ZeRO rule out in each other."""
     if lora.enabled and model.trainable.mode != "all":
         yield Problem("model.trainable.mode", f"{model.trainable.mode} and lora.enabled=true exclude each other")
-    if lora.enabled and model.init == "scratch":
-        yield Problem("lora.enabled", "an adapter on random weights learns nothing; drop it or model.init=scratch")
     if model.quantization == "nf4" and not lora.enabled:
         yield Problem("model.quantization", "nf4 weights cannot be trained; set lora.enabled=true (QLoRA)")
     if model.quantization == "nf4" and deepspeed.zero_stage == 3:
@@ -182,6 +260,21 @@ STAGES: dict[str, StageInfo] = {
             "rlhf rm conf=hh_rlhf_llama_7b model.path=runs/hh_sft_7b data.path=data/hh_rlhf/rm run_dir=runs/hh_rm_7b",
             "rlhf rm conf=shakespeare_sentiment model.path=runs/plays data.path=sentiment.jsonl run_dir=runs/mood",
             "rlhf rm -m model.path=runs/hh_sft data.path=pairs.jsonl lora=r16 optim.lr=1e-5,3e-5,1e-4",
+        ),
+    ),
+    "ppo": StageInfo(
+        "ppo",
+        PpoConfig,
+        "PPO against reward sources, with KL control; also rloo, grpo, reinforce++",
+        ("lora", "generation", "reward", "optim", "deepspeed", "launch"),
+        "rlhf_cli.stages.ppo",
+        (
+            "rlhf ppo model.path=runs/hh_sft data.path=prompts.jsonl 'reward.sources=[{path: runs/hh_rm_merged}]'",
+            "rlhf ppo conf=hh_rlhf_llama_7b model.path=runs/hh_sft_7b 'reward.sources=[{path: runs/hh_rm_7b}]'",
+            "rlhf ppo conf=shakespeare_happy model.path=runs/plays data.path=plays.txt"
+            " 'reward.sources=[{type: classifier, path: runs/mood, label: happy}]'",
+            "rlhf ppo -m model.path=runs/hh_sft data.path=prompts.jsonl 'reward.sources=[{path: runs/hh_rm_merged}]'"
+            " ppo.kl_coef=0.01,0.05",
         ),
     ),
     "merge-lora": StageInfo(

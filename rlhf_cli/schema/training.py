@@ -1,4 +1,4 @@
-"""Training: its objective's options, the optimizer, length and rhythm, samples."""
+"""Supervised training: its objective's options, the optimizer, length and rhythm."""
 
 from __future__ import annotations
 
@@ -79,16 +79,3 @@ class ComparisonConfig:
         "chosen", "responses of the evaluation rows whose score mean and std are stored for ppo and raft"
     )
     num_worst: int = opt(20, "worst-ranked evaluation rows written to samples/ at each evaluation", ge=0)
-
-
-@dataclass
-class GenerationConfig:
-    """Sample texts written at each evaluation."""
-
-    prompts: list[str] = opt([], "fixed prompts; empty = the first ones of the evaluation data")
-    num_prompts: int = opt(4, "how many to take from the evaluation data; 0 = write no samples", ge=0)
-    max_new_tokens: int = opt(128, "longest text", ge=1)
-    temperature: float = opt(1.0, "0 = always the likeliest token", ge=0)
-    top_k: int = opt(0, "only the k likeliest tokens; 0 = all", ge=0)
-    top_p: float = opt(1.0, "only the likeliest tokens with this share of probability", gt=0, le=1)
-    stop: list[str] = opt([], "strings that end a text, beside the template's own")

@@ -80,16 +80,16 @@ def per_step(lines: list[dict[str, Any]], name: str) -> list[int]:
     return [after - before for before, after in pairwise([0, *(line[name] for line in lines)])]
 
 
-def wall_times(directory: Path) -> list[float]:
-    """Wall-clock second at which each step's loss was logged."""
+def wall_times(directory: Path, tag: str = "loss") -> list[float]:
+    """Wall-clock second at which each step's figure of this name was logged."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     (file,) = directory.glob("events.*")
-    return [event.wall_time for event in EventFileLoader(str(file)).Load() if _is_loss(event)]
+    return [event.wall_time for event in EventFileLoader(str(file)).Load() if _is_about(event, tag)]
 
 
-def _is_loss(event: Any) -> bool:
-    return any(value.tag == "loss" for value in event.summary.value)
+def _is_about(event: Any, tag: str) -> bool:
+    return any(value.tag == tag for value in event.summary.value)
 
 
 def imports_mib(stage: str, env: dict[str, str]) -> float:

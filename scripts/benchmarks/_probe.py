@@ -16,7 +16,7 @@ class Probe:
 
     imports_mib: most memory held once everything is imported; peak_mib: most memory held by the end of the last step.
     times: wall-clock second at the end of each optimizer step; tokens: real tokens of each; samples: documents or pairs
-    of each; losses: of each.
+    of each; losses: of each. figures: of each, for programs that have more to compare.
     """
 
     imports_mib: float = 0.0
@@ -25,6 +25,7 @@ class Probe:
     tokens: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)
+    figures: list[dict[str, float]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
     def step_ended(self) -> None:

@@ -1,0 +1,200 @@
+"""One iteration's responses: prompts drawn, answered on all ranks, unusable answers drawn again, the rest scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_cli.data.prompts import Prompt
+from rlhf_cli.errors import RunFailed
+from rlhf_cli.loop import heed_stop
+from rlhf_cli.ppo.models import Models
+from rlhf_cli.reward.rules import RuleHits, Rules, rule_names
+from rlhf_cli.reward.source import ScoredText
+from rlhf_cli.rollout.sampler import Request, Response, Stopped, generate
+from rlhf_cli.run import Run
+from rlhf_cli.runtime.distributed import gather_objects
+from rlhf_cli.runtime.engine import gathered_for_generation
+from rlhf_cli.schema import PpoConfig, RolloutConfig
+
+DRAWS = 8  # of a response that a rule discards again and again
+EVALUATION = 1 << 62  # samples of evaluations are numbered from here: the same noise at each of them
+
+
+class Answer(NamedTuple):
+    """A prompt and what the policy wrote. group: number of the prompt among those of the iteration."""
+
+    prompt: Prompt
+    response: Response
+    group: int
+
+
+class Draw(NamedTuple):
+    """Responses to learn from. cursor: the next prompt; redrawn: how many were discarded, by rule."""
+
+    answers: list[Answer]
+    cursor: int
+    redrawn: dict[str, int]
+
+
+class Judged(NamedTuple):
+    """Of N responses. reward (N,) float64: what the sources say, weighted, before rules; score (N,): with rules;
+    by_source: name -> (N,); hits: rule -> (N,) bool."""
+
+    reward: Tensor
+    score: Tensor
+    by_source: dict[str, Tensor]
+    hits: dict[str, Tensor]
+
+
+@dataclass
+class Collector:
+    """Draws and judges responses. order: cursor -> number of a prompt."""
+
+    config: PpoConfig
+    models: Models
+    prompts: Sequence[Prompt]
+    order: Callable[[int], int]
+    rules: Rules
+    run: Run
+
+    def draw(self, iteration: int, cursor: int) -> Draw:
+        """rollout_batch_size responses for an iteration, which no rule discards. Raises StopAsked."""
+        settings = self.config.ppo
+        size, group_size = settings.rollout_batch_size, settings.group_size
+        numbers = [self.order(cursor + i) for i in range(size // group_size)]
+        cursor += len(numbers)
+        prompts = [self.prompts[n] for n in np.repeat(numbers, group_size)]
+        answers: dict[int, Response] = {}
+        missing, redrawn = list(range(size)), dict.fromkeys(self._discarding(), 0)
+        for attempt in range(DRAWS):
+            limits = response_limits(self.config.generation, size, (self.config.train.seed, iteration, attempt))
+            requests = {
+                i: Request(prompts[i].token_ids, iteration << 32 | attempt << 24 | i, int(limits[i])) for i in missing
+            }
+            responses = self.write(requests, self.config.generation)
+            hits = self.rules.apply([r.text for r in responses.values()], [text_length(r) for r in responses.values()])
+            answers |= responses
+            for name in redrawn:
+                redrawn[name] += int(hits.hits[name].sum())
+            missing = [i for i, discard in zip(responses, hits.discard.tolist(), strict=True) if discard]
+            if not missing:
+                break
+            if group_size == 1:  # another prompt may be easier to answer
+                for i in missing:
+                    prompts[i], cursor = self.prompts[self.order(cursor)], cursor + 1
+        else:
+            raise RunFailed(
+                f"after {DRAWS} draws {len(missing)} of {size} responses still hit a rule with action: discard"
+                f" ({', '.join(f'{n} {c} times' for n, c in redrawn.items())}); the last one is"
+                f" {answers[missing[0]].text[:80]!r}. Loosen reward.rules, or use action: score"
+            )
+        drawn = [Answer(prompts[i], answers[i], i // group_size) for i in range(size)]
+        return Draw(drawn, cursor, redrawn)
+
+    def write(self, requests: dict[int, Request], sampling: RolloutConfig) -> dict[int, Response]:
+        """The answers to all requests, on every rank; the ranks share the work by prompts. Raises StopAsked."""
+        ranks, watch = self.run.ranks, self.run.process.watch
+        keys = list(requests)
+        starts = [n > 0 and requests[i].prompt is not requests[keys[n - 1]].prompt for n, i in enumerate(keys)]
+        groups = np.cumsum(starts)
+        mine = [i for i, group in zip(keys, groups.tolist(), strict=True) if group % ranks.world_size == ranks.rank]
+        done: list[Response] = []
+        with gathered_for_generation(self.models.policy) as module:
+            try:
+                done = generate(
+                    module, self.models.text.tokenizer, [requests[i] for i in mine], sampling,
+                    self.models.text.template.stop, self.config.train.seed,
+                    progress=self._progress(len(mine)), should_stop=lambda: bool(watch.requested),
+                )  # fmt: skip
+            except Stopped:
+                mine = []
+        heed_stop(watch)
+        parts = gather_objects(list(zip(mine, done, strict=True)))
+        found = dict(pair for part in parts for pair in part)
+        return {i: found[i] for i in keys}
+
+    def judge(self, answers: Sequence[Answer]) -> Judged:
+        """What sources and rules say, the same on every rank; the ranks share the work."""
+        texts = [scored_text(answer) for answer in answers]
+        hits = self.rules.apply([a.response.text for a in answers], [text_length(a.response) for a in answers])
+        mine = range(self.run.ranks.rank, len(texts), self.run.ranks.world_size)
+        with self.models.scoring() as rewards:
+            scores = rewards.score([texts[i] for i in mine])
+        parts = gather_objects(
+            (list(mine), scores.total.tolist(), {name: values.tolist() for name, values in scores.by_source.items()})
+        )
+        reward = torch.zeros(len(texts), dtype=torch.float64)
+        by_source = {name: torch.zeros_like(reward) for name in scores.by_source}
+        for rows, total, sources in parts:
+            reward[rows] = torch.tensor(total, dtype=torch.float64)
+            for name, values in sources.items():
+                by_source[name][rows] = torch.tensor(values, dtype=torch.float64)
+        return Judged(reward, with_rules(reward, hits), by_source, hits.hits)
+
+    def _discarding(self) -> list[str]:
+        """Names of the rules by which a response is drawn again."""
+        rules = self.config.reward.rules
+        return [name for name, rule in zip(rule_names(rules), rules, strict=True) if rule.action == "discard"]
+
+    def _progress(self, total: int) -> Callable[[int], None] | None:
+        display = self.run.display
+        if display is None:
+            return None
+        finished = 0
+
+        def show(count: int) -> None:
+            nonlocal finished
+            finished += count
+            display.phase(f"writing {finished}/{total}")
+
+        return show
+
+
+def response_limits(sampling: RolloutConfig, count: int, key: tuple[int, ...]) -> np.ndarray:
+    """(count,) longest length of each response: fixed, or drawn from generation.length_sampler by `key`."""
+    if sampling.length_sampler is None:
+        return np.full(count, sampling.max_new_tokens)
+    low, high = sampling.length_sampler
+    return np.random.default_rng(np.random.SeedSequence(key)).integers(low, high, size=count, endpoint=True)
+
+
+def evaluation_requests(prompts: Sequence[Prompt], sampling: RolloutConfig) -> dict[int, Request]:
+    """One answer to each held-out prompt, with the same noise whenever it is asked for."""
+    return {i: Request(prompt.token_ids, EVALUATION + i, sampling.max_new_tokens) for i, prompt in enumerate(prompts)}
+
+
+def evaluation_sampling(config: PpoConfig) -> RolloutConfig:
+    """As the rollouts, at the temperature of evaluations."""
+    temperature = config.eval.temperature
+    return config.generation if temperature is None else replace(config.generation, temperature=temperature)
+
+
+def text_length(response: Response) -> int:
+    """Tokens without the end."""
+    if response.num_text_tokens is not None:
+        return response.num_text_tokens
+    return len(response.token_ids) - 1
+
+
+def scored_text(answer: Answer) -> ScoredText:
+    """What reward sources see of an answer."""
+    prompt, response = answer.prompt, answer.response
+    if prompt.messages is None:
+        lead, text = prompt.text, response.text
+    else:
+        lead, text = "", response.text.strip()  # a template sets its own space around a reply
+    tokens = None
+    if response.num_text_tokens is not None:
+        tokens = (*prompt.token_ids.tolist(), *response.token_ids[: response.num_text_tokens].tolist())
+    return ScoredText(prompt.messages, text, prompt.columns, prompt.source, lead=lead, token_ids=tokens)
+
+
+def with_rules(reward: Tensor, hits: RuleHits) -> Tensor:
+    """(N,): the score of the lowest rule that was hit, else the reward."""
+    return torch.where(torch.isnan(hits.score), reward, hits.score)

@@ -1,0 +1,87 @@
+"""Figures of an iteration's responses, under the names that dashboards know (TRL's, DESIGN section 5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from rlhf_cli.ops.diversity import distinct_n, repetition, separator_ratio
+from rlhf_cli.ops.kl import kl_estimate, negative_kl_test
+from rlhf_cli.ops.masks import masked_sum
+from rlhf_cli.ppo.batch import Experience
+from rlhf_cli.ppo.collect import Judged
+from rlhf_cli.rollout.sampler import Response
+
+SEPARATORS = ("\n", " ", ",", ".")
+
+
+def objective_figures(experience: Experience, judged: Judged, kl_coef: float, rewards: Tensor) -> dict[str, float]:
+    """objective/...: means over the R responses of what the policy is trained on. rewards (R, T): per token.
+
+    kl, kl_k2, kl_k3 and entropy are sums over a response's tokens (nats per response); entropy is that of the sampled
+    tokens, -log p. non_score_reward is the KL penalty, rlhf_reward what is maximised.
+    """
+    keep, logprobs, reference = experience.keep_mask, experience.logprobs, experience.ref_logprobs
+    per_response = lambda values: masked_sum(values, keep, dim=-1).double()
+    kl = {kind: per_response(kl_estimate(logprobs, reference, kind)) for kind in ("k1", "k2", "k3")}
+    total = per_response(rewards)
+    scores = experience.scores.double()
+    figures = {
+        "objective/kl": kl["k1"].mean().item(),
+        "objective/kl_stderr": kl["k1"].std().item() / math.sqrt(len(scores)) if len(scores) > 1 else 0.0,
+        "objective/kl_k2": kl["k2"].mean().item(),
+        "objective/kl_k3": kl["k3"].mean().item(),
+        "objective/kl_coef": kl_coef,
+        "objective/entropy": -per_response(logprobs).mean().item(),
+        "objective/non_score_reward": (total - scores).mean().item(),
+        "objective/rlhf_reward": total.mean().item(),
+        "objective/scores": scores.mean().item(),
+        "objective/scores_std": scores.std().item() if len(scores) > 1 else 0.0,
+        "objective/reward": judged.reward.mean().item(),
+    }
+    figures |= {f"reward/{name}": values.mean().item() for name, values in judged.by_source.items()}
+    figures |= {f"rules/{name}": hit.double().mean().item() for name, hit in judged.hits.items()}
+    return figures
+
+
+def text_figures(responses: Sequence[Response], tokenizer: Any) -> dict[str, float]:
+    """text/...: length in tokens, how responses end, diversity, separators, repetition; ends are not counted."""
+    tokens = [r.token_ids[: r.num_text_tokens].tolist() for r in responses]
+    count = len(responses)
+    return {
+        "text/length": sum(len(r.token_ids) for r in responses) / count,
+        "val/num_eos_tokens": float(sum(r.ending == "eos" for r in responses)),
+        "text/eos_rate": sum(r.ending == "eos" for r in responses) / count,
+        "text/stop_rate": sum(r.ending == "stop" for r in responses) / count,
+        "text/distinct_1": distinct_n(tokens, 1),
+        "text/distinct_2": distinct_n(tokens, 2),
+        "text/separator_ratio": separator_ratio([[piece(tokenizer, t) for t in row] for row in tokens]),
+        "text/repetition": repetition(tokens),
+    }
+
+
+def piece(tokenizer: Any, token: int) -> str:
+    """The text of one token."""
+    return _pieces(tokenizer)(token)
+
+
+@lru_cache(maxsize=2)
+def _pieces(tokenizer: Any) -> Any:
+    return lru_cache(maxsize=None)(lambda token: tokenizer.decode([token]))
+
+
+def negative_kl(experience: Experience) -> str | None:
+    """A warning when the estimate of KL is negative beyond chance: KL cannot be, so the sampler is not the policy."""
+    estimates = kl_estimate(experience.logprobs, experience.ref_logprobs, "k1")
+    found = negative_kl_test(estimates, experience.keep_mask)
+    if not found.alarm:
+        return None
+    return (
+        f"KL to the reference is estimated as {found.mean:.3f} ± {found.stderr:.3f} nats per response, but no KL is"
+        " negative: the texts were not drawn from softmax(logits / temperature). generation.top_k, top_p and"
+        " min_new_tokens change what is drawn (min_new_tokens does it most, by forbidding the end); turn them off"
+    )

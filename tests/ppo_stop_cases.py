@@ -1,0 +1,51 @@
+"""`rlhf ppo` in the ranks of a test pool that is asked to stop in a chosen phase of an iteration."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+from rlhf_cli.ppo import collect, iteration, loop
+from rlhf_cli.runtime.distributed import Ranks
+from rlhf_cli.stages import ppo
+from tests.stage_cases import run_ppo
+
+PLACES = {
+    "generate": (collect, "generate"),
+    "judge": (collect.Collector, "judge"),
+    "measure": (iteration, "response_logprobs"),
+    "update": (iteration, "update"),
+    "evaluate": (loop, "evaluate"),
+}
+
+
+def run_ppo_stopping(ranks: Ranks, run_dir: str, overrides: list[str], phase: str, iteration: int) -> dict[str, float]:
+    """Ask for a stop when this phase begins in iteration `iteration` (0 is the first), or its evaluation does."""
+    owner, name = PLACES[phase]
+    original, watch, done = getattr(owner, name), None, -1
+    draw = collect.Collector.draw
+
+    def drawing(self: Any, number: int, cursor: int) -> Any:
+        nonlocal done
+        done = number
+        return draw(self, number, cursor)
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        if done == iteration or (phase == "evaluate" and done == iteration - 1):
+            watch._requested = 15
+        return original(*args, **kwargs)
+
+    open_run = ppo.open_run
+
+    def opened(*args: Any) -> Any:
+        nonlocal watch
+        run = open_run(*args)
+        watch = run.process.watch
+        return run
+
+    with (
+        mock.patch.object(collect.Collector, "draw", drawing),
+        mock.patch.object(owner, name, stopping),
+        mock.patch.object(ppo, "open_run", opened),
+    ):
+        return run_ppo(ranks, run_dir, overrides)
