@@ -35,7 +35,8 @@ GROUP = 8  # answers that rloo and grpo compare
 
 class Task(NamedTuple):
     """seed: of rewards and of the policy that training starts from; length: of the longest answers; beta: weight of
-    KL; prompts: tokens of each; iterations: as many as the slowest of the estimators needs."""
+    KL; prompts: tokens of each. width: of the model, which has to tell all beginnings of an answer apart; iterations,
+    batch: as many as the slowest of the estimators needs."""
 
     seed: int
     length: int
@@ -43,14 +44,16 @@ class Task(NamedTuple):
     beta: float = 0.5
     temperature: float = 1.0
     prompts: tuple[tuple[int, ...], ...] = ((0,),)
+    width: int = 48
+    batch: int = 256
 
 
 TASKS = {
-    "long": Task(seed=0, length=4, iterations=55),
-    "short": Task(seed=1, length=2, iterations=15),
-    "weak penalty": Task(seed=2, length=3, iterations=22, beta=0.4),
-    "cold": Task(seed=3, length=3, iterations=25, temperature=0.7),
-    "two prompts": Task(seed=4, length=2, iterations=20, prompts=((1, 2), (2, 0, 1))),
+    "long": Task(seed=0, length=4, iterations=55, width=64, batch=512),
+    "short": Task(seed=1, length=2, iterations=20),
+    "weak penalty": Task(seed=2, length=3, iterations=28, beta=0.4),
+    "cold": Task(seed=3, length=3, iterations=30, temperature=0.7),
+    "two prompts": Task(seed=4, length=2, iterations=28, prompts=((1, 2), (2, 0, 1))),
 }
 
 
@@ -91,17 +94,17 @@ def all_answers(task: Task) -> Answers:
     return Answers(prompts, one * len(task.prompts), groups, torch.from_numpy(draw.normal(0, 1, len(prompts))))
 
 
-def small_model(kind: type, seed: int, **more: int) -> torch.nn.Module:
+def small_model(kind: type, task: Task, seed: int, **more: int) -> torch.nn.Module:
     """GPT-2, because it knows positions: to a Llama the prefixes 0 and 0 0 look the same, with one token to see."""
     torch.manual_seed(seed)
     return kind(
         GPT2Config(
             vocab_size=len(TOKENS),
-            n_embd=64,
+            n_embd=task.width,
             n_layer=2,
             n_head=2,
             n_positions=8,
-            initializer_range=0.15,
+            initializer_range=0.1,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
@@ -113,24 +116,23 @@ def small_model(kind: type, seed: int, **more: int) -> torch.nn.Module:
     )
 
 
-def solve(ranks: Ranks, task: Task, advantage: str, batch: int = 256, **settings: float) -> Closeness:
+def solve(ranks: Ranks, name: str, advantage: str) -> Closeness:
     """How near the production update comes to the optimum of a task."""
     torch.set_num_threads(1)
-    iterations = settings.pop("iterations", task.iterations)
-    lr, critic_lr = settings.pop("lr", 1e-3), settings.pop("critic_lr", 1e-2)
+    task = TASKS[name]
     config = PpoConfig(
         generation=RolloutConfig(temperature=task.temperature),
         ppo=AlgorithmConfig(
-            num_iterations=iterations, rollout_batch_size=batch, samples_per_prompt=GROUP, ppo_epochs=2,
-            num_mini_batches=2, kl_coef=task.beta, advantage=advantage, critic_lr=critic_lr, **settings,
+            num_iterations=task.iterations, rollout_batch_size=task.batch, samples_per_prompt=GROUP, ppo_epochs=2,
+            num_mini_batches=2, kl_coef=task.beta, advantage=advantage, critic_lr=1e-2,  # type: ignore[arg-type]
         ),
-        optim=OptimConfig(lr=lr, eps=1e-5, schedule="linear", min_lr_ratio=0.0, warmup_ratio=0.0),
-        train=RlTrainConfig(micro_batch_size=batch, seed=task.seed),
+        optim=OptimConfig(lr=1e-3, eps=1e-5, schedule="linear", min_lr_ratio=0.0, warmup_ratio=0.0),
+        train=RlTrainConfig(micro_batch_size=task.batch, seed=task.seed),
     )  # fmt: skip
     policy, critic = open_engines(ranks, config, task)
     answers = all_answers(task)
     reference = measured(policy, answers, config, ranks)
-    for iteration in range(iterations):
+    for iteration in range(task.iterations):
         experience = drawn(policy, critic, answers, reference, config, iteration, ranks)
         rewards = token_rewards(
             experience.scores, experience.logprobs, experience.ref_logprobs, experience.keep_mask, task.beta
@@ -146,12 +148,12 @@ def solve(ranks: Ranks, task: Task, advantage: str, batch: int = 256, **settings
 
 def open_engines(ranks: Ranks, config: PpoConfig, task: Task) -> tuple[Engine, Engine | None]:
     zero = DeepspeedConfig(name="zero1", json={"zero_optimization": {"stage": 1}})
-    model = small_model(GPT2LMHeadModel, task.seed)
+    model = small_model(GPT2LMHeadModel, task, task.seed)
     enable_loss(model)
     policy = make_engine(model, param_groups(model, 0.0), config.optim, zero, torch.float32, ranks)
     if not config.ppo.has_critic:
         return policy, None
-    critic = small_model(GPT2ForSequenceClassification, task.seed + 1, num_labels=1)
+    critic = small_model(GPT2ForSequenceClassification, task, task.seed + 1, num_labels=1)
     enable_scores(critic)
     return policy, make_engine(critic, param_groups(critic, 0.0), config.optim, zero, torch.float32, ranks)
 
@@ -209,7 +211,3 @@ def _closeness(log_policy: Tensor, log_ref: Tensor, rewards: Tensor, beta: float
     optimum = log_ref + (rewards - best) / beta
     assert abs(float(value(optimum) - best)) < 1e-6  # J* is the value of π*, so both formulas are right or none is
     return torch.stack([value(log_ref), value(log_policy), best, (log_policy.exp() * (log_policy - optimum)).sum()])
-
-
-def solve_task(ranks: Ranks, name: str, advantage: str) -> Closeness:
-    return solve(ranks, TASKS[name], advantage)

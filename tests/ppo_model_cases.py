@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -200,19 +201,19 @@ def _state(models: Models) -> Any:
 
 def peaks(ranks: Ranks, run_dir: str, config: PpoConfig) -> dict[str, float]:
     """Most resident MiB, above what this rank had before opening, by phase; on top of each other as a run has them."""
-    gc.collect()
+    _tidy()
     before = _status_mib("VmRSS")
     found: dict[str, float] = {}
 
     @contextmanager
     def measured(phase: str) -> Iterator[None]:
+        _tidy()
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): VmHWM starts again at what is resident now
         yield
         found[phase] = _status_mib("VmHWM") - before
 
     with measured("open"):
         models, _ = opened(ranks, run_dir, config)
-    gc.collect()
     prompts, responses = [np.full(32, 5, np.int32)] * 4, [np.full(32, 7, np.int32)] * 4
     shared = (prompts, responses, models.text.tokenizer.pad_token_id, config.train.micro_batch_size, ranks)
     with measured("generate"), gathered_for_generation(models.policy) as module, torch.no_grad():
@@ -228,9 +229,16 @@ def peaks(ranks: Ranks, run_dir: str, config: PpoConfig) -> dict[str, float]:
             assert engine is not None
             engine.backward(loss(engine.forward, batch) / 64)
             engine.step(1e-3)
+    _tidy()
     found["at rest"] = _status_mib("VmRSS") - before
     close(models)
     return found
+
+
+def _tidy() -> None:
+    """Give back what Python and malloc keep of freed memory."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status_mib(field: str) -> float:

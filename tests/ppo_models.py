@@ -33,9 +33,9 @@ def write_manifest(run_dir: Path, **output: Any) -> Path:
 
 
 def write_policy_run(
-    run_dir: Path, arch: str = "llama", dropout: float = 0.0, seed: int = 0, tie: bool = False
+    run_dir: Path, arch: str = "llama", dropout: float = 0.0, seed: int = 0, tie: bool = False, model: Any = None
 ) -> Path:
-    model = tiny_model(arch, tie, seed=seed)
+    model = tiny_model(arch, tie, seed=seed) if model is None else model
     for name in ("resid_pdrop", "attn_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout"):
         if hasattr(model.config, name):
             setattr(model.config, name, dropout)
@@ -43,9 +43,11 @@ def write_policy_run(
     return write_manifest(run_dir)
 
 
-def write_reward_run(run_dir: Path, arch: str = "llama", labels: list[str] | None = None, seed: int = 5) -> Path:
+def write_reward_run(
+    run_dir: Path, arch: str = "llama", labels: list[str] | None = None, seed: int = 5, config: Any = None
+) -> Path:
     """A full reward model."""
-    model = noisy(new_reward_model(tiny_config(arch), labels, torch.float32, seed), seed)
+    model = noisy(new_reward_model(tiny_config(arch) if config is None else config, labels, torch.float32, seed), seed)
     save_model(model.config, dict(model.state_dict()), run_dir / "model", tiny_tokenizer())
     return write_manifest(run_dir, kind="reward", task="sequence_classification")
 

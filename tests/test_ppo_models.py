@@ -13,14 +13,19 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf_cli.assemble import pretrained_text
 from rlhf_cli.models.head import enable_loss
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.lora import add_lora, load_adapter
 from rlhf_cli.models.reward import enable_scores, load_reward_model
-from rlhf_cli.schema import LoadedModelConfig, PpoConfig
+from rlhf_cli.models.scratch import make_config, new_model
+from rlhf_cli.ppo.origins import find_origins
+from rlhf_cli.ppo.plan import plan_run
+from rlhf_cli.schema import ArchConfig, LoadedModelConfig, PpoConfig
 from tests.ppo_model_cases import train_plain
 from tests.ppo_models import ppo_config, random_texts, write_adapter_run, write_policy_run, write_reward_run
 from tests.reward_models import write_encoder, write_run
+from tests.tiny_models import tiny_tokenizer
 
 pytestmark = pytest.mark.distributed
 CASES = "tests.ppo_model_cases:"
@@ -324,9 +329,6 @@ def test_reference_and_critic_read_the_policys_tokens(run_on_ranks: Any, tmp_pat
 
 
 def test_which_critic(run_on_ranks: Any, tmp_path: Path) -> None:
-    from rlhf_cli.assemble import pretrained_text
-    from rlhf_cli.ppo.origins import find_origins
-
     policy, reward = write_policy_run(tmp_path / "sft"), write_reward_run(tmp_path / "rm")
     adapter = write_adapter_run(tmp_path / "rma", policy)
     labelled = write_reward_run(tmp_path / "mood", labels=["sad", "happy"])
@@ -359,3 +361,35 @@ def test_too_long_for_the_models(run_on_ranks: Any, tmp_path: Path) -> None:
     config = ppo_config(policy, [{"path": str(reward)}], generation={"max_new_tokens": 1020})
     told = refused(run_on_ranks, tmp_path, config)
     assert "16 + 1020 = 1036 is more than the 1024 positions" in told
+
+
+# --- memory
+
+
+@pytest.mark.slow
+def test_peaks_are_near_the_plan_and_hydra_saves(run_on_ranks: Any, tmp_path: Path) -> None:
+    shape = ArchConfig(type="llama", hidden_size=512, num_layers=8, num_heads=8, intermediate_size=1408)
+    model = new_model(make_config(shape, tiny_tokenizer(), 128), FP32, 0)  # 98 MiB
+    policy = write_policy_run(tmp_path / "sft", model=model)
+    reward = write_reward_run(tmp_path / "rm", config=model.config)
+    adapter = write_adapter_run(tmp_path / "rma", policy)
+    more: dict[str, Any] = {
+        "data": {"max_prompt_length": 32}, "generation": {"max_new_tokens": 32, "batch_size": 4},
+        "rollout_batch_size": 8,
+    }  # fmt: skip
+    separate = ppo_config(policy, [{"path": str(reward)}], **more)
+    hydra = ppo_config(policy, [{"path": str(adapter)}], lora={"enabled": True, "r": 8}, sharing="hydra", **more)
+    most = {}
+    text = pretrained_text(LoadedModelConfig(path=str(policy)), "none")
+    for name, config in (("hydra", hydra), ("separate", separate)):
+        config.reward.batch_size = 4
+        run_dir = str(tmp_path / name)
+        # The second time: libraries and their workspaces are there already.
+        found = [run_on_ranks(1, f"{CASES}peaks", run_dir=f"{run_dir}{i}", config=config)[0] for i in range(2)][1]
+        planned = plan_run(config, text, 32, 1, for_gpu=False)
+        most[name] = max(found.values())
+        mib = lambda size: size / 2**20
+        # Pages of mapped weight files count as resident, too: up to 98 MiB of each model.
+        assert 0.8 * mib(planned.total("train")) < found["train"] < 1.2 * mib(planned.total("train")) + 110
+        assert found["at rest"] < 1.2 * mib(sum(planned.rest.values())) + 110
+    assert most["hydra"] < most["separate"] / 3

@@ -15,9 +15,9 @@ from rlhf_cli.ops.sampling import Draw, draw_tokens, row_keys, token_hashes
 from rlhf_cli.rollout.decoder import Decoder
 from rlhf_cli.rollout.stops import Stops
 
-# Steps between two looks at what has ended. A GPU has to wait at each look; a row that has ended runs on in vain for
-# half of this on average. A CPU computes in step with the program anyway.
-GPU_STEPS = 4
+# Steps between two looks at what has ended, by device. A GPU's program has to wait at each look; a row that has ended
+# runs on in vain for half of them on average. A CPU computes in step with the program anyway.
+STEPS_PER_LOOK = {"cpu": 1, "cuda": 4}
 
 
 class Drawing(NamedTuple):
@@ -47,7 +47,7 @@ class Rows:
         device = decoder.device
         self.table = torch.from_numpy(stops.table).to(device)
         self.hashes = token_hashes(self.table.shape[1], device)
-        self.steps = 1 if device.type == "cpu" else GPU_STEPS
+        self.steps_per_look = STEPS_PER_LOOK.get(device.type, 1)
         num_requests = len(work.prompts)
         self.token_ids = np.zeros((num_requests, int(work.limits.max())), np.int32)
         self.lengths, self.final_states = np.zeros((2, num_requests), np.int64)
@@ -70,7 +70,7 @@ class Rows:
 
     def advance(self) -> int:
         """Some more tokens for every row; those that have ended leave. Returns how many did."""
-        steps = min(self.steps, int((self.work.limits[self.requests] - self.written).min()))
+        steps = min(self.steps_per_look, int((self.work.limits[self.requests] - self.written).min()))
         tokens, states = self._draw(steps)
         self.token_ids[self.requests[:, None], self.written[:, None] + np.arange(steps)] = tokens.T
         closed = states >= self.stops.num_open  # (k, n), True from the end on

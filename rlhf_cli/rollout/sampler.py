@@ -120,7 +120,7 @@ def starting_order(prompts: Sequence[np.ndarray], limits: np.ndarray) -> list[in
     for i, prompt in enumerate(prompts):
         groups.setdefault(prompt.tobytes(), []).append(i)
     expected = lambda group: (-int(limits[group].max()), -len(prompts[group[0]]))
-    return [i for group in sorted(groups.values(), key=expected) for i in group]
+    return [i for group in sorted(groups.values(), key=expected) for i in sorted(group, key=lambda i: -limits[i])]
 
 
 def _run(

@@ -5,7 +5,6 @@ python _ppo_material.py '{"out": ..., "prompts": 256, "hidden": ..., ...}'      
 
 from __future__ import annotations
 
-import math
 import random
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ import numpy as np
 import torch
 from _material import Language, log_normal, make_language, write_model, write_rows
 from _probe import job_from_argv
-from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from rlhf_cli.data.plan import epoch_order
 
 FEWEST_WORDS = 32  # of one token; below that all prompts would look alike
+PROBES, BISECTIONS = 64, 30  # random texts that ends are measured on; halvings of the scale, from 1 to 1e-9
 
 
 def main(job: dict[str, Any]) -> None:
@@ -37,15 +37,17 @@ def main(job: dict[str, Any]) -> None:
     )
     language.tokenizer.save_pretrained(out / "model")
     write_model(job | {"max_length": job["prompt"] + job["response"]}, language.tokenizer, out / "model")
-    if job["mean_response"] is not None:
+    if job["mean_share"] is not None:
         make_ends_likely(out / "model", job, language.tokenizer.eos_token_id)
 
 
 def prompts(job: dict[str, Any], rng: random.Random, language: Language) -> list[str]:
-    """Texts of exactly job["prompt"] tokens, or with ragged lengths up to that: log-normal, half of it on average."""
+    """Texts of exactly job["prompt"] tokens, or of log-normal lengths up to that, with job["mean_share"] of it as the
+    mean before they are cut."""
     lengths = np.full(job["prompts"], job["prompt"])
-    if job["mean_response"] is not None:
-        draws = log_normal(np.random.default_rng(job["seed"]), job["prompt"] / 2, job["prompts"])
+    if job["mean_share"] is not None:
+        mean = job["mean_share"] * job["prompt"]
+        draws = log_normal(np.random.default_rng(job["seed"]), mean, job["prompts"])
         lengths = draws.clip(1, job["prompt"]).astype(int)
     words = [word for word, tokens in zip(language.words, language.tokens.tolist(), strict=True) if tokens == 1]
     assert len(words) >= FEWEST_WORDS, f"{len(words)} words of one token; a larger vocabulary has more"
@@ -54,17 +56,29 @@ def prompts(job: dict[str, Any], rng: random.Random, language: Language) -> list
     return texts
 
 
-def make_ends_likely(model: Path, job: dict[str, Any], eos: int) -> None:
-    """Give EOS a row in the head with which a text ends after about job["mean_response"] tokens.
+@torch.no_grad()
+def make_ends_likely(directory: Path, job: dict[str, Any], eos: int) -> None:
+    """Scale EOS's row in the head so that a text ends after about job["mean_share"] of its longest length.
 
-    Hidden states in front of the head have the norm √H, so with weights from N(0, s²/H) the logit of EOS is N(0, s²)
-    over positions, the mean of its exponential e^(s²/2), and its share about that of V words that have e^0 each.
+    A random policy's next tokens are nearly random, so a probability of 1 / length on random tokens, averaged over
+    positions, does that; positions differ a lot, since a row that is long enough makes some ends likely, others not.
     """
-    spread = math.sqrt(2 * math.log(max(job["vocab"] / job["mean_response"], 1.0)))
-    weights = load_file(model / "model.safetensors")
-    row = torch.randn(job["hidden"], generator=torch.Generator().manual_seed(job["seed"]))
-    weights["lm_head.weight"][eos] = row * spread / math.sqrt(job["hidden"])
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    draw = torch.Generator().manual_seed(job["seed"])
+    ids = torch.randint(job["vocab"], (PROBES, job["prompt"] + job["response"]), generator=draw)
+    hidden = model.model(ids).last_hidden_state
+    logits = model.lm_head(hidden)
+    logits[..., eos] = -torch.inf
+    others = logits.logsumexp(-1)
+    row = torch.randn(job["hidden"], generator=draw)
+    wanted = 1 / (job["mean_share"] * job["response"])
+    low, high = 0.0, 1.0
+    for _ in range(BISECTIONS):
+        scale = (low + high) / 2
+        share = torch.sigmoid(hidden @ (row * scale) - others).mean().item()
+        low, high = (scale, high) if share < wanted else (low, scale)
+    model.lm_head.weight[eos] = row * high
+    model.save_pretrained(directory)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ VARIANTS = {
 }
 SIZES = {"hidden": 256, "layers": 6, "heads": 4, "vocab": 4096, "prompt": 64, "response": 64}
 WORK = {"batch": 64, "micro-batch": 8, "epochs": 4, "mini-batches": 1, "steps": 4, "skip": 1, "runs": 3}
+RAGGED = 1 / 3  # mean length / longest length: that of the pairs in rm.py, and nearly that of the documents in sft.py
 # Names of ours for what _ppo_trl notes of an iteration.
 FIGURES = {
     "scores": "objective/scores", "scores_std": "objective/scores_std", "kl": "objective/kl", "length": "text/length",
@@ -86,7 +87,7 @@ def parse() -> argparse.Namespace:
         about = "iterations; default" if name == "steps" else "default"
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{about} {default}")
     parser.add_argument("--lr", type=float, default=1e-5, help="default 1e-5")
-    parser.add_argument("--ragged", action="store_true", help="prompts and responses half as long on average")
+    parser.add_argument("--ragged", action="store_true", help="a third of these lengths on average, all different")
     parser.add_argument("--variants", default="ours,ours-hydra,trl", help=f"from {', '.join(VARIANTS)}")
     parser.add_argument("--trl-env", type=Path, help="virtual environment with TRL; made when it is not there")
     parser.add_argument("--trl", default="trl[peft]==1.9.0", help="what pip installs there; 1.9.0 has the last PPO")
@@ -108,7 +109,8 @@ def describe(options: argparse.Namespace) -> str:
     return (
         f"Llama hidden {options.hidden}, {options.layers} layers, vocabulary {options.vocab}; fp32;"
         f" prompts of {up_to}{options.prompt} tokens, responses of up to {options.response};"
-        f" {options.batch} responses per iteration, {options.epochs} epochs, {options.mini_batches} mini-batches, micro-batch {options.micro_batch};"
+        f" {options.batch} responses per iteration, {options.epochs} epochs,"
+        f" {options.mini_batches} mini-batches, micro-batch {options.micro_batch};"
         f" {options.steps} iterations, the first {options.skip} left out; {options.runs} runs, in turn;"
         f" {options.threads} threads on {os.cpu_count()} cores; load average at the start {os.getloadavg()[0]:.1f}"
     )
@@ -124,7 +126,7 @@ def make_material(options: argparse.Namespace, env: dict[str, str], work: Path) 
         "out": str(work),
         # A pass of its own for accumulation: TRL steps on every micro-batch at the end of the data.
         "prompts": (options.steps + 1) * options.batch,
-        "mean_response": options.response / 2 if options.ragged else None,
+        "mean_share": RAGGED if options.ragged else None,
     }
     run_quietly([sys.executable, HERE / "_ppo_material.py", json.dumps(job)], env, work)
     for name in ("adapter", "reward"):
