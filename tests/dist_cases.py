@@ -428,3 +428,15 @@ def export_in_small_shards(ranks: Ranks, directory: str, shard_bytes: int) -> li
     engine.destroy()
     assert all(np.array_equal(before[name], after[name]) for name in before)
     return sorted(path.name for path in Path(directory).iterdir())
+
+
+def bucket_sizes(ranks: Ranks, stage: int) -> list[int]:
+    """Elements of DeepSpeed's buffer for gradients: with its default size, and with a smaller one that is asked for."""
+    sizes = []
+    for zero in ({}, {"reduce_bucket_size": 100}):
+        model = tiny_llama()
+        config = deepspeed_config(stage, **zero)
+        engine = engines.make_engine(model, param_groups(model, 0.0), optim_config(), config, DTYPES["fp32"], ranks)
+        sizes.append(int(engine.inner.optimizer.reduce_bucket_size))
+        engine.destroy()
+    return sizes

@@ -324,3 +324,9 @@ def test_no_operator_is_compiled(run_on_ranks: Any) -> None:
     assert run_on_ranks(2, f"{HERE}:operator") == [True, True], (
         "DeepSpeed no longer asks ops.__compatible_ops__ before it builds its shared-memory operator"
     )
+
+
+def test_bucket_of_gradients_is_no_larger_than_they_are(run_on_ranks: Any) -> None:
+    for stage in (2, 3):
+        sizes = run_on_ranks(1, "tests.dist_cases:bucket_sizes", stage=stage)[0]
+        assert sizes == [sum(p.numel() for p in tiny_llama().parameters()), 100]

@@ -75,6 +75,7 @@ def test_hydra_7b_on_eight_gpus_by_hand(tmp_path: Path) -> None:
         "optimizers": share(12 * ADAPTER) + share(12 * critic),
         "critic": share(2 * critic),
         "gradients": share(4 * ADAPTER) + share(4 * critic),
+        "buckets": 2 * (ADAPTER + critic),
         "frozen": 2 * critic,  # the reward adapter, whole on every rank; the base is counted with the policy
     }
     # Keys and values: 2 x 32 blocks x 4096 x 2 bytes = half a MiB a token, of 64 sequences of 384 tokens.
@@ -97,7 +98,7 @@ def test_four_separate_7b_models_by_hand(tmp_path: Path) -> None:
     share = lambda n: -(-n // 8)
     assert found.rest == {
         "policy": share(2 * PARAMS), "optimizers": share(12 * PARAMS) + share(12 * critic), "critic": share(2 * critic),
-        "gradients": share(4 * PARAMS) + share(4 * critic), "average": share(4 * PARAMS),
+        "gradients": share(4 * PARAMS) + share(4 * critic), "buckets": 2 * 2 * 500_000_000, "average": share(4 * PARAMS),
         "frozen": share(2 * PARAMS) + share(2 * critic),
     }  # fmt: skip
     assert found.phases["generate"]["gathered"] == 2 * PARAMS

@@ -223,7 +223,7 @@ def test_equal_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     found = run(model, asked, batch_size=12, min_new_tokens=3)
     assert shapes == [(3, 8), (12, 1), (12, 1), (12, 1)]
     shapes.clear()
-    monkeypatch.setattr(decoders, "READ_TOKENS", 16)
+    monkeypatch.setitem(decoders.READ_TOKENS, "cpu", 16)
     assert_same(found, run(model, asked, batch_size=12, min_new_tokens=3))
     assert shapes[:2] == [(2, 8), (1, 4)], "at most 16 tokens at a time"
 

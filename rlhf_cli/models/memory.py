@@ -6,7 +6,7 @@ P parameters, T of them trained, N ranks, w bytes of a weight (2 in bf16 and fp1
     gathered    ZeRO-3: w·(two blocks + the larger of embeddings and head), whole while they are used
     gradients   4·T (summed in fp32), 1/N from ZeRO-2 on
     optimizer   12·T/N: fp32 master weights and Adam's two moments (DeepSpeed keeps masters in fp32 training too)
-    buckets     ZeRO-1 and 2: w·min(T, reduce_bucket_size), gradients on their way
+    buckets     w·min(T, reduce_bucket_size), gradients on their way
     activations per position and block: 6h of norms and residuals, (2·heads + 2·kv)·d of attention, and for the MLP of
                 width I: 4·I when gated, 5·I with gelu_new (computed in five steps), else 2·I; eager attention adds
                 3·heads·length. Counted on what autograd saves; right to about 20 %. With gradient checkpointing h per
@@ -93,7 +93,7 @@ def estimate_memory(
         "gathered": w * _largest_live(shell) if stage == 3 and world_size > 1 else 0,
         "gradients": share(4 * trained) if stage >= 2 else 4 * trained,
         "optimizer": share(12 * trained),
-        "buckets": w * min(trained, _bucket(zero)) if stage < 3 else 0,
+        "buckets": w * min(trained, _bucket(zero)),
         "activations": w * _activations(shell, model.gradient_checkpointing, micro_batch_size, length),
         "head": _head(shell, w, micro_batch_size * length, on_cpu, not lora.enabled),
     }

@@ -14,6 +14,7 @@ from rlhf_cli.data.prompts import Prompt
 from rlhf_cli.errors import RunFailed
 from rlhf_cli.loop import heed_stop
 from rlhf_cli.ppo.models import Models
+from rlhf_cli.reward.answers import Writer, scored_text
 from rlhf_cli.reward.rules import RuleHits, Rules, rule_names
 from rlhf_cli.reward.source import ScoredText
 from rlhf_cli.rollout.sampler import Request, Response, Stopped, generate
@@ -54,13 +55,14 @@ class Judged(NamedTuple):
 
 @dataclass
 class Collector:
-    """Draws and judges responses. order: cursor -> number of a prompt."""
+    """Draws and judges responses. order: cursor -> number of a prompt; writer: how to read the policy's tokens."""
 
     config: PpoConfig
     models: Models
     prompts: Sequence[Prompt]
     order: Callable[[int], int]
     rules: Rules
+    writer: Writer
     run: Run
 
     def draw(self, iteration: int, cursor: int) -> Draw:
@@ -121,7 +123,7 @@ class Collector:
 
     def judge(self, answers: Sequence[Answer]) -> Judged:
         """What sources and rules say, the same on every rank; the ranks share the work."""
-        texts = [scored_text(answer) for answer in answers]
+        texts = [self._scored_text(answer) for answer in answers]
         hits = self.rules.apply([a.response.text for a in answers], [text_length(a.response) for a in answers])
         mine = range(self.run.ranks.rank, len(texts), self.run.ranks.world_size)
         with self.models.scoring() as rewards:
@@ -136,6 +138,13 @@ class Collector:
             for name, values in sources.items():
                 by_source[name][rows] = torch.tensor(values, dtype=torch.float64)
         return Judged(reward, with_rules(reward, hits), by_source, hits.hits)
+
+    def _scored_text(self, answer: Answer) -> ScoredText:
+        """What reward sources see of an answer; its very tokens where the text does not end inside one."""
+        response = answer.response
+        exact = response.num_text_tokens is not None
+        tokens = response.token_ids[: response.num_text_tokens] if exact else None
+        return scored_text(answer.prompt, response.text, tokens, self.writer)
 
     def _discarding(self) -> list[str]:
         """Names of the rules by which a response is drawn again."""
@@ -180,19 +189,6 @@ def text_length(response: Response) -> int:
     if response.num_text_tokens is not None:
         return response.num_text_tokens
     return len(response.token_ids) - 1
-
-
-def scored_text(answer: Answer) -> ScoredText:
-    """What reward sources see of an answer."""
-    prompt, response = answer.prompt, answer.response
-    if prompt.messages is None:
-        lead, text = prompt.text, response.text
-    else:
-        lead, text = "", response.text.strip()  # a template sets its own space around a reply
-    tokens = None
-    if response.num_text_tokens is not None:
-        tokens = (*prompt.token_ids.tolist(), *response.token_ids[: response.num_text_tokens].tolist())
-    return ScoredText(prompt.messages, text, prompt.columns, prompt.source, lead=lead, token_ids=tokens)
 
 
 def with_rules(reward: Tensor, hits: RuleHits) -> Tensor:

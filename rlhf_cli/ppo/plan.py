@@ -6,8 +6,8 @@ models. On top of that:
     generate    ZeRO-3: the policy whole; keys and values of generation.batch_size sequences; their logits
     score       the largest of: the reward models, made whole, with one of their batches; the reference; policy or
                 critic, of which ZeRO-3 gathers block by block
-    train       gradients of policy and critic (under ZeRO-3 they have their place at rest), and of one of the two
-                activations, buckets, what is gathered, and the head
+    train       gradients and buckets of policy and critic (under ZeRO-3 they have their place at rest), and of one of
+                the two what is gathered, activations, and the head
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def _at_rest(
         rest["optimizers"] += critic.memory.optimizer
         host += critic.memory.host
     if config.deepspeed.zero_stage == 3:
-        rest["gradients"] = _gradients(policy, critic)
+        rest["gradients"], rest["buckets"] = _gradients(policy, critic), _buckets(policy, critic)
     if config.ppo.ema:
         rest["average"] = share(4 * policy.memory.trainable_params)
     for read in reads:
@@ -268,12 +268,13 @@ def _score(config: PpoConfig, policy: Trained, critic: Trained | None, reads: li
 def _train(config: PpoConfig, policy: Trained, critic: Trained | None) -> dict[str, int]:
     heaviest = max(
         (model.memory for model in (policy, critic) if model is not None),
-        key=lambda m: m.gathered + m.buckets + m.activations + m.head,
+        key=lambda m: m.gathered + m.activations + m.head,
     )
+    has_place = config.deepspeed.zero_stage == 3
     return {
-        "gradients": 0 if config.deepspeed.zero_stage == 3 else _gradients(policy, critic),
+        "gradients": 0 if has_place else _gradients(policy, critic),
         "gathered": heaviest.gathered,
-        "buckets": sum(model.memory.buckets for model in (policy, critic) if model is not None),
+        "buckets": 0 if has_place else _buckets(policy, critic),
         "activations": heaviest.activations,
         "head": heaviest.head,
     }
@@ -281,6 +282,10 @@ def _train(config: PpoConfig, policy: Trained, critic: Trained | None) -> dict[s
 
 def _gradients(policy: Trained, critic: Trained | None) -> int:
     return policy.memory.gradients + (critic.memory.gradients if critic is not None else 0)
+
+
+def _buckets(policy: Trained, critic: Trained | None) -> int:
+    return policy.memory.buckets + (critic.memory.buckets if critic is not None else 0)
 
 
 def _sharded(config: PpoConfig, size: Size) -> bool:

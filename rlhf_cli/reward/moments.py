@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# A spread that fp32 scores show by rounding alone (eps 1.2e-7) is none.
+# A spread that equal scores show by rounding alone (fp32 eps is 1.2e-7) is none.
 LEAST_STD = 1e-6  # relative to the mean
 
 
@@ -22,13 +22,12 @@ class RunningMoments:
     m2: float = 0.0
 
     def update(self, values: Tensor) -> None:
-        """Take in a batch (N,), finite. In double precision; equal values have exactly no spread."""
+        """Take in a batch (N,), finite."""
         if not len(values):
             return
         values = values.double()
         assert torch.isfinite(values).all(), "a reward that is no number"
-        shift = values[0]  # distances from one of the values are exact where the values are equal
-        mean = float(shift + (values - shift).mean())
+        mean = float(values.mean())
         m2 = float(((values - mean) ** 2).sum())
         total = self.count + len(values)
         step = mean - self.mean if self.count else 0.0

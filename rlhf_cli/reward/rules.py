@@ -117,7 +117,7 @@ def _has_period(codes: np.ndarray, shown: np.ndarray, period: int, times: int) -
     needed = period * (times - 1)  # characters in a row that equal the one a period before
     if len(codes) < needed + period:
         return False
-    same = (codes[period:] == codes[:-period]) & shown[period:] & shown[:-period]
+    same = (codes[period:] == codes[:-period]) & shown[period:]
     breaks = np.flatnonzero(~same)
     runs = np.diff(np.concatenate([[-1], breaks, [len(same)]])) - 1
     return bool(runs.max() >= needed)

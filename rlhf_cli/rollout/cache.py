@@ -12,22 +12,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 
-class Arrivals(NamedTuple):
-    """Prompts that are read apart, and the new rows that go on from them.
+class Arrival(NamedTuple):
+    """A new row and what it goes on from: `length` tokens of prompt `source` in the batch that is read."""
 
-    rows (k,): numbers of the new rows; sources (k,): each one's prompt in the batch that is read; lengths (k,): tokens
-    of it that are taken.
-    """
-
-    rows: np.ndarray
-    sources: np.ndarray
-    lengths: np.ndarray
+    row: int
+    source: int
+    length: int
 
 
 class Window:
@@ -39,7 +33,7 @@ class Window:
     def __init__(self, num_rows: int, num_columns: int):
         self.room, self.num_columns = num_rows, num_columns
         self.num_rows = self.first = self.end = 0
-        self.arrivals: Arrivals | None = None
+        self.arrivals: list[Arrival] | None = None
 
 
 class InPlaceLayer(DynamicLayer):
@@ -75,11 +69,13 @@ class InPlaceLayer(DynamicLayer):
         """Columns that attention sees beside the new ones."""
         return 0 if self.window.arrivals is not None else self.window.end - self.window.first
 
-    def move_rows(self, to: Tensor, source: Tensor) -> None:
-        """Overwrite rows `to` with rows `source`, both int64."""
-        used = slice(self.window.first, self.window.end)
+    def move_rows(self, moves: list[tuple[int, int]]) -> None:
+        """Overwrite rows: (to, source) each. One by one: they are few, and indexing with tensors takes five times as
+        long."""
         for buffer in (self.keys, self.values):
-            buffer[to, :, used] = buffer[source, :, used]
+            used = buffer[:, :, self.window.first : self.window.end]
+            for to, source in moves:
+                used[to].copy_(used[source])
 
     def move_columns(self, by: int) -> None:
         """Shift the used columns."""
@@ -88,13 +84,11 @@ class InPlaceLayer(DynamicLayer):
             used = buffer[: window.num_rows, :, window.first : window.end].clone()
             buffer[: window.num_rows, :, window.first + by : window.end + by] = used
 
-    def _place(self, buffer: Tensor, states: Tensor, arrivals: Arrivals) -> None:
+    def _place(self, buffer: Tensor, states: Tensor, arrivals: list[Arrival]) -> None:
         """Copy states (m, K, P, D), padded behind, to the new rows, so that they end at the window's end."""
         end = self.window.end
-        for length in np.unique(arrivals.lengths).tolist():
-            same = np.flatnonzero(arrivals.lengths == length)
-            rows, source = (torch.from_numpy(x[same]).to(states.device) for x in (arrivals.rows, arrivals.sources))
-            buffer[rows, :, end - length : end] = states[source, :, :length]
+        for row, source, length in arrivals:
+            buffer[row, :, end - length : end] = states[source, :, :length]
 
 
 class InPlaceCache(Cache):
@@ -104,11 +98,11 @@ class InPlaceCache(Cache):
         self.window = Window(num_rows, num_columns)
         super().__init__(layers=[InPlaceLayer(self.window) for _ in range(num_layers)])
 
-    def move_rows(self, to: Tensor, source: Tensor) -> None:
-        """Overwrite rows `to` with rows `source` in all layers."""
+    def move_rows(self, moves: list[tuple[int, int]]) -> None:
+        """Overwrite rows, (to, source) each, in all layers."""
         for layer in self.layers:
             if layer.is_initialized:
-                layer.move_rows(to, source)
+                layer.move_rows(moves)
 
     def align(self, end: int) -> None:
         """Shift what is used so that it ends at column `end`."""

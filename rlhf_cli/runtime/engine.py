@@ -24,6 +24,9 @@ from rlhf_cli.runtime.distributed import Ranks
 from rlhf_cli.schema import DeepspeedConfig, OptimConfig
 
 
+DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements
+
+
 class Engine:
     """A model under training, sharded as its ZeRO stage says. Made by make_engine.
 
@@ -128,6 +131,7 @@ def make_engine(
         raise ModelError(f"model.dtype: fp16 does not run on this {ranks.device.type}; use bf16 or fp32")
     _prepare_deepspeed()
     config = ds_config(deepspeed, dtype, optim.max_grad_norm)
+    _fit_bucket(config["zero_optimization"], groups)
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         _finish_sharded_model(model, dtype, ranks)
     twin = _twin(model) if config["zero_optimization"]["stage"] == 3 else None
@@ -263,6 +267,15 @@ def _prepare_deepspeed() -> None:
     ds.ops.__compatible_ops__ = {}
     # DeepSpeed calls collectives by names that torch has begun to rename, and is warned for each call.
     warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
+
+
+def _fit_bucket(zero: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """No larger a buffer for gradients on their way than all of them need: DeepSpeed takes the whole size at once, by
+    default a gigabyte in bf16, for an adapter of some megabytes too."""
+    trained = sum(getattr(p, "ds_shape", p.shape).numel() for group in groups for p in group["params"])
+    size = zero.get("reduce_bucket_size", DEFAULT_BUCKET)
+    if isinstance(size, int | float):
+        zero["reduce_bucket_size"] = min(int(size), trained)
 
 
 def _twin(model: nn.Module) -> nn.Module:

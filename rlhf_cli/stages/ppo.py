@@ -21,6 +21,7 @@ from rlhf_cli.ppo.models import Models, open_models
 from rlhf_cli.ppo.plan import print_plan
 from rlhf_cli.ppo.ptx import PtxTerm
 from rlhf_cli.ppo.state import PpoState
+from rlhf_cli.reward.answers import writer_of
 from rlhf_cli.reward.rules import Rules
 from rlhf_cli.run import Run, close_run, load_best, open_run, prune_best
 from rlhf_cli.runtime.distributed import Ranks, init, local_first, shutdown
@@ -62,7 +63,8 @@ def align(config: PpoConfig, run_dir: Path, process: RankProcess, ranks: Ranks) 
     if found is not None:
         checkpoints.load(found.path, models, run)
     order = prompt_order(len(prompts.train), config.train.seed)
-    collector = Collector(config, models, prompts.train, order, Rules(config.reward.rules), run)
+    writer = writer_of(text.tokenizer, text.template)
+    collector = Collector(config, models, prompts.train, order, Rules(config.reward.rules), writer, run)
     evaluation = open_evaluation(config, prompts.eval, models, run)
     ptx = open_ptx(config, text, run)
     log = open_log(state, run)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_cli.data.plan import epoch_order
 
 FEWEST_WORDS = 32  # of one token; below that all prompts would look alike
-PROBES, BISECTIONS = 64, 30  # random texts that ends are measured on; halvings of the scale, from 1 to 1e-9
+PROBES, BISECTIONS = 64, 30  # random texts that ends are measured on; halvings of the weight, from 10 to 1e-8
 
 
 def main(job: dict[str, Any]) -> None:
@@ -58,26 +58,28 @@ def prompts(job: dict[str, Any], rng: random.Random, language: Language) -> list
 
 @torch.no_grad()
 def make_ends_likely(directory: Path, job: dict[str, Any], eos: int) -> None:
-    """Scale EOS's row in the head so that a text ends after about job["mean_share"] of its longest length.
+    """Change the policy so that a text ends after about job["mean_share"] of its longest length.
 
-    A random policy's next tokens are nearly random, so a probability of 1 / length on random tokens, averaged over
-    positions, does that; positions differ a lot, since a row that is long enough makes some ends likely, others not.
+    One feature gets the same value in all embeddings, which the residual stream carries to the head; EOS's row reads
+    that feature alone. So an end has nearly the same probability everywhere, and lengths are geometric. (A random row
+    would read what hardly changes along a text: some would end at once, most never.)
     """
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    embeddings = model.get_input_embeddings().weight
+    embeddings[:, 0] = embeddings.std() * job["hidden"] ** 0.5  # as long as all other features together
     draw = torch.Generator().manual_seed(job["seed"])
-    ids = torch.randint(job["vocab"], (PROBES, job["prompt"] + job["response"]), generator=draw)
-    hidden = model.model(ids).last_hidden_state
+    hidden = model.model(torch.randint(job["vocab"], (PROBES, job["response"]), generator=draw)).last_hidden_state
     logits = model.lm_head(hidden)
     logits[..., eos] = -torch.inf
     others = logits.logsumexp(-1)
-    row = torch.randn(job["hidden"], generator=draw)
     wanted = 1 / (job["mean_share"] * job["response"])
-    low, high = 0.0, 1.0
+    low, high = 0.0, 10.0
     for _ in range(BISECTIONS):
         scale = (low + high) / 2
-        share = torch.sigmoid(hidden @ (row * scale) - others).mean().item()
+        share = torch.sigmoid(hidden[..., 0] * scale - others).mean().item()
         low, high = (scale, high) if share < wanted else (low, scale)
-    model.lm_head.weight[eos] = row * high
+    model.lm_head.weight[eos] = 0.0
+    model.lm_head.weight[eos, 0] = high
     model.save_pretrained(directory)
 
 
