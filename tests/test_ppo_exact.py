@@ -18,7 +18,7 @@ def test_the_optimum_is_reached(run_on_ranks: Any, task: str, advantage: str) ->
     answers, so whatever compares answers (rloo, grpo, also divided by a standard deviation) is zero there, and near it
     each pair of answers is pushed in the right direction. For gae and reinforce++ what is still to come is the same for
     all that can follow, a number that a critic can learn and that takes no side as a baseline."""
-    found = run_on_ranks(1, "tests.ppo_exact:solve", name=task, advantage=advantage)[0]
+    found = run_on_ranks(1, "tests.ppo_exact:solve", timeout=500.0, name=task, advantage=advantage)[0]
     assert found.best - found.start > 0.2  # there is something to gain
     assert found.recovered >= 0.95, found
     assert found.kl <= 0.1, found

@@ -98,8 +98,8 @@ def test_four_separate_7b_models_by_hand(tmp_path: Path) -> None:
     share = lambda n: -(-n // 8)
     assert found.rest == {
         "policy": share(2 * PARAMS), "optimizers": share(12 * PARAMS) + share(12 * critic), "critic": share(2 * critic),
-        "gradients": share(4 * PARAMS) + share(4 * critic), "buckets": 2 * 2 * 500_000_000, "average": share(4 * PARAMS),
-        "frozen": share(2 * PARAMS) + share(2 * critic),
+        "gradients": share(4 * PARAMS) + share(4 * critic), "buckets": 2 * 2 * 500_000_000,
+        "average": share(4 * PARAMS), "frozen": share(2 * PARAMS) + share(2 * critic),
     }  # fmt: skip
     assert found.phases["generate"]["gathered"] == 2 * PARAMS
     assert 2 * critic <= found.phases["score"]["gathered"] <= 2 * PARAMS  # one of the two at a time

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.head import enable_loss
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.ops.sampling import Draw, draw_tokens, row_keys, token_hashes
 from rlhf_cli.rollout import decoder as decoders
@@ -129,6 +130,13 @@ def test_adapter_is_used() -> None:
     with model.disable_adapter():
         without = run(model, asked)
     assert [r.token_ids.tolist() for r in without] != [r.token_ids.tolist() for r in found]
+
+
+def test_a_model_that_was_taught_to_train_writes_the_same() -> None:
+    model, asked = tiny_model("llama"), requests(5)
+    before = run(model, asked)
+    enable_loss(model)
+    assert_same(before, run(model, asked))
 
 
 @pytest.mark.parametrize("draw", [Draw(0.0), Draw(0.6, top_k=5), Draw(1.3, top_p=0.7)])

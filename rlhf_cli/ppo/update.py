@@ -54,13 +54,12 @@ class Lesson:
     ranks: Ranks
     pad_id: int
 
-    def micro_batches(self, rows: np.ndarray) -> Iterator[ResponseBatch]:
+    def micro_batches(self, rows: np.ndarray) -> list[ResponseBatch]:
         """This rank's part of the mini-batch of rows (B,)."""
         prompts, responses, ranks = self.experience.prompts, self.experience.responses, self.ranks
-        size = self.config.train.micro_batch_size
-        for share in share_of_rank(prompts, responses, rows, size, ranks.rank, ranks.world_size):
-            batch = collate_responses(prompts, responses, share, self.pad_id, self.experience.keep_mask)
-            yield batch.to(ranks.device)
+        size, keep = self.config.train.micro_batch_size, self.experience.keep_mask
+        shares = share_of_rank(prompts, responses, rows, size, ranks.rank, ranks.world_size)
+        return [collate_responses(prompts, responses, s, self.pad_id, keep).to(ranks.device) for s in shares]
 
 
 class _Step(NamedTuple):
@@ -136,10 +135,11 @@ def _one_step(
     ptx: PtxTerm | None,
 ) -> _Step:
     """One optimizer step of policy and critic on the mini-batch of rows (B,); number: of the step within the run."""
-    device, config = lesson.ranks.device, lesson.config
+    config = lesson.config
     rates = learning_rates(config, number)
     num_tokens = max(1, int(lesson.experience.keep_mask[torch.from_numpy(rows)].sum()))
-    names, sums = [*POLICY_MEANS, ENTROPY], [_backward_policy(policy, lesson, rows, num_tokens)]
+    batches = lesson.micro_batches(rows)
+    names, sums = [*POLICY_MEANS, ENTROPY], [_backward_policy(policy, lesson, batches, num_tokens)]
     if ptx is not None:
         names.append(PTX)
         sums.append(ptx.backward(policy, number, config.train.micro_batch_size, lesson.pad_id)[None])
@@ -147,19 +147,19 @@ def _one_step(
     skipped = policy.skipped
     if critic is not None:
         names += VALUE_MEANS
-        sums.append(_backward_critic(critic, lesson, rows, num_tokens))
+        sums.append(_backward_critic(critic, lesson, batches, num_tokens))
         norms["critic_grad_norm"] = critic.step(rates["critic_lr"])
         skipped = skipped or critic.skipped
-    means = dict(zip(names, sum_over_ranks(torch.cat([s.to(device) for s in sums])).tolist(), strict=True))
+    means = dict(zip(names, sum_over_ranks(torch.cat(sums)).tolist(), strict=True))
     _check_finite(number, means, norms, policy.scales_loss)
     return _Step(means, num_tokens, {n: norm for n, norm in norms.items() if math.isfinite(norm)}, skipped)
 
 
-def _backward_policy(policy: Engine, lesson: Lesson, rows: np.ndarray, num_tokens: int) -> Tensor:
+def _backward_policy(policy: Engine, lesson: Lesson, batches: list[ResponseBatch], num_tokens: int) -> Tensor:
     """Add the policy loss's gradient. Returns this rank's share of POLICY_MEANS and ENTROPY, (6,) fp64."""
     settings = lesson.config
     means = torch.zeros(len(POLICY_MEANS) + 1, dtype=torch.float64, device=lesson.ranks.device)
-    for batch in lesson.micro_batches(rows):
+    for batch in batches:
         out = policy.forward(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -176,13 +176,13 @@ def _backward_policy(policy: Engine, lesson: Lesson, rows: np.ndarray, num_token
     return means
 
 
-def _backward_critic(critic: Engine, lesson: Lesson, rows: np.ndarray, num_tokens: int) -> Tensor:
+def _backward_critic(critic: Engine, lesson: Lesson, batches: list[ResponseBatch], num_tokens: int) -> Tensor:
     """Add the gradient of value_coef x the value loss. Returns this rank's share of VALUE_MEANS, (2,) fp64."""
     settings, old, returns = lesson.config.ppo, lesson.experience.values, lesson.returns
     assert old is not None
     assert returns is not None
     means = torch.zeros(len(VALUE_MEANS), dtype=torch.float64, device=lesson.ranks.device)
-    for batch in lesson.micro_batches(rows):
+    for batch in batches:
         values = token_values(critic.forward, batch)
         loss, stats = ppo_value_loss(
             values, batch.at(old), batch.at(returns), _all_kept(values), settings.value_clip_range, num_tokens

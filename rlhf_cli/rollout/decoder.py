@@ -167,13 +167,15 @@ class PaddedDecoder:
             ids = tokens[:, None]
             self._kept = torch.cat([self._kept, self._kept.new_ones(len(tokens), 1)], 1)
         positions = (self._kept.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        inputs = {"input_ids": ids, "attention_mask": self._kept, "position_ids": positions}
+        optional = {"position_ids": positions, "logits_to_keep": 1}
         taken = inspect.signature(self.model.forward).parameters
         logits = self.model(
-            **{name: value for name, value in inputs.items() if name in taken},
-            past_key_values=self.cache, use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]  # fmt: skip
+            input_ids=ids,
+            attention_mask=self._kept,
+            past_key_values=self.cache,
+            use_cache=True,
+            **{name: value for name, value in optional.items() if name in taken},
+        ).logits[:, -1]
         return logits.float()
 
     def keep(self, order: np.ndarray) -> None:

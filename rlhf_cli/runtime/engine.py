@@ -23,7 +23,6 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.runtime.distributed import Ranks
 from rlhf_cli.schema import DeepspeedConfig, OptimConfig
 
-
 DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements
 
 

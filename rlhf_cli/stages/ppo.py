@@ -24,7 +24,7 @@ from rlhf_cli.ppo.state import PpoState
 from rlhf_cli.reward.answers import writer_of
 from rlhf_cli.reward.rules import Rules
 from rlhf_cli.run import Run, close_run, load_best, open_run, prune_best
-from rlhf_cli.runtime.distributed import Ranks, init, local_first, shutdown
+from rlhf_cli.runtime.distributed import Ranks, broadcast_object, init, local_first, shutdown
 from rlhf_cli.runtime.flops import measured_peak_flops
 from rlhf_cli.runtime.metrics import MetricsLog, read_metrics
 from rlhf_cli.runtime.plots import plot_policy
@@ -50,14 +50,14 @@ def align(config: PpoConfig, run_dir: Path, process: RankProcess, ranks: Ranks) 
     text = pretrained_text(config.model, config.data.template)
     prompts = load_prompts(config, text.tokenizer, text.template, run)
     for option in config.generation.filters:
-        run.say(
-            f"warning: with {option} texts are not drawn from the policy itself, and KL is estimated with a bias"
-        )
+        run.say(f"warning: with {option} texts are not drawn from the policy itself, and KL is estimated with a bias")
+    ptx, ptx_digest = open_ptx(config, text, run)
+    digest = prompts.digest + ptx_digest
     found = checkpoints.newest(run)
-    state = found.state if found is not None else PpoState(config.ppo.kl_coef, prompts.digest)
-    if state.data_digest != prompts.digest:
+    state = found.state if found is not None else PpoState(config.ppo.kl_coef, digest)
+    if state.data_digest != digest:
         raise CheckpointError(
-            f"the prompts have changed since {run_dir} was started; put them back, or start in another run_dir"
+            f"the data has changed since {run_dir} was started; put it back, or start in another run_dir"
         )
     models = open_models(config, text, run, found.path if found is not None else None)
     if found is not None:
@@ -66,7 +66,6 @@ def align(config: PpoConfig, run_dir: Path, process: RankProcess, ranks: Ranks) 
     writer = writer_of(text.tokenizer, text.template)
     collector = Collector(config, models, prompts.train, order, Rules(config.reward.rules), writer, run)
     evaluation = open_evaluation(config, prompts.eval, models, run)
-    ptx = open_ptx(config, text, run)
     log = open_log(state, run)
     peak = measured_peak_flops(ranks.device, models.dtype) * ranks.world_size
     flops = lambda written, in_all: models.work(written, in_all) / peak
@@ -82,22 +81,24 @@ def align(config: PpoConfig, run_dir: Path, process: RankProcess, ranks: Ranks) 
 
 
 def load_prompts(config: PpoConfig, tokenizer: object, template: Template, run: Run) -> PreparedPrompts:
-    """The prompts, and what was dropped of them for the manifest."""
-    prompts = prepare_prompts(config.data, tokenizer, template, run.say)
+    """The prompts, read and tokenised by rank 0 for all; the manifest gets what was dropped of them."""
+    mine = prepare_prompts(config.data, tokenizer, template, run.say) if run.ranks.is_main else None
+    prompts = broadcast_object(mine)
+    assert prompts is not None
     run.update_manifest(template=template.name, data=prompts.info)
     return prompts
 
 
-def open_ptx(config: PpoConfig, text: Text, run: Run) -> PtxTerm | None:
-    """Pretraining text beside the prompts, if its loss has a weight."""
+def open_ptx(config: PpoConfig, text: Text, run: Run) -> tuple[PtxTerm | None, str]:
+    """Pretraining text beside the prompts, if its loss has a weight, and the digest of its tokens."""
     settings = config.ppo.ptx
     if settings.coef == 0:
-        return None
+        return None, ""
     with local_first(run.ranks):  # the others find its tokens in the cache
         report = run.say if run.ranks.is_main else print
         prepared = prepare(settings.data, text.tokenizer, tokenizer_digest(text.tokenizer), text.template, report)
     flatten = settings.data.packing and config.model.attn_implementation.startswith("flash")
-    return PtxTerm(prepared.train, settings, config.train.seed, flatten)
+    return PtxTerm(prepared.train, settings, config.train.seed, flatten), prepared.digest
 
 
 def open_log(state: PpoState, run: Run) -> MetricsLog | None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_cli.data.plan import epoch_order
 
 FEWEST_WORDS = 32  # of one token; below that all prompts would look alike
-PROBES, BISECTIONS = 64, 30  # random texts that ends are measured on; halvings of the weight, from 10 to 1e-8
+PROBES, BISECTIONS = 64, 30  # random texts that ends are measured on; halvings of the logit, from 100 to 1e-7
 
 
 def main(job: dict[str, Any]) -> None:
@@ -60,8 +60,8 @@ def prompts(job: dict[str, Any], rng: random.Random, language: Language) -> list
 def make_ends_likely(directory: Path, job: dict[str, Any], eos: int) -> None:
     """Change the policy so that a text ends after about job["mean_share"] of its longest length.
 
-    One feature gets the same value in all embeddings, which the residual stream carries to the head; EOS's row reads
-    that feature alone. So an end has nearly the same probability everywhere, and lengths are geometric. (A random row
+    One feature gets the same value in all embeddings, so that states in front of the head have much in common; EOS's
+    row is their mean. Then an end has nearly the same probability everywhere, and lengths are geometric. (A random row
     would read what hardly changes along a text: some would end at once, most never.)
     """
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -72,14 +72,15 @@ def make_ends_likely(directory: Path, job: dict[str, Any], eos: int) -> None:
     logits = model.lm_head(hidden)
     logits[..., eos] = -torch.inf
     others = logits.logsumexp(-1)
+    row = hidden.mean((0, 1))
+    row /= row.norm() ** 2  # its product with a state is 1 on average
     wanted = 1 / (job["mean_share"] * job["response"])
-    low, high = 0.0, 10.0
+    low, high = 0.0, 100.0
     for _ in range(BISECTIONS):
-        scale = (low + high) / 2
-        share = torch.sigmoid(hidden[..., 0] * scale - others).mean().item()
-        low, high = (scale, high) if share < wanted else (low, scale)
-    model.lm_head.weight[eos] = 0.0
-    model.lm_head.weight[eos, 0] = high
+        logit = (low + high) / 2
+        share = torch.sigmoid(hidden @ row * logit - others).mean().item()
+        low, high = (logit, high) if share < wanted else (low, logit)
+    model.lm_head.weight[eos] = row * high
     model.save_pretrained(directory)
 
 

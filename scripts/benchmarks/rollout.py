@@ -107,14 +107,16 @@ def parse() -> argparse.Namespace:
 
 
 def heading(shape: Shape, dtype: str, device: torch.device, options: argparse.Namespace) -> str:
-    return (
-        f"Llama hidden {shape.hidden}, {shape.layers} layers, {shape.heads} heads ({shape.kv_heads} of keys),"
-        f" vocabulary {shape.vocab}; {dtype} on {device}; {shape.batch} rows at a time, prompts of"
-        f" {shape.prompt // 2} to {shape.prompt} tokens; fixed: {shape.batch} responses of {shape.new}; ragged: {shape.ragged_prompts}, mean"
-        f" {shape.mean}, longest {shape.new}; {options.runs} runs, in turn; {options.threads} threads on"
-        f" {os.cpu_count()} cores; load average at the start {os.getloadavg()[0]:.1f};"
-        f" torch {torch.__version__}, transformers {transformers.__version__}\n"
-    )
+    words = [
+        f"Llama hidden {shape.hidden}, {shape.layers} layers, {shape.heads} heads ({shape.kv_heads} of keys)",
+        f"vocabulary {shape.vocab}; {dtype} on {device}; {shape.batch} rows at a time",
+        f"prompts of {shape.prompt // 2} to {shape.prompt} tokens; fixed: {shape.batch} responses of {shape.new}",
+        f"ragged: {shape.ragged_prompts} of {shape.mean} on average, {shape.new} at most; {options.runs} runs, in turn",
+        f"{options.threads} threads on {os.cpu_count()} cores, {'CPU' if options.cpu_time else 'wall'} time",
+        f"load average at the start {os.getloadavg()[0]:.1f}",
+        f"torch {torch.__version__}, transformers {transformers.__version__}\n",
+    ]
+    return ", ".join(words)
 
 
 def measure(options: argparse.Namespace, shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Speed]:
