@@ -66,7 +66,7 @@ def align(config: PpoConfig, run_dir: Path, process: RankProcess, ranks: Ranks) 
     writer = writer_of(text.tokenizer, text.template)
     collector = Collector(config, models, prompts.train, order, Rules(config.reward.rules), writer, run)
     evaluation = open_evaluation(config, prompts.eval, models, run)
-    log = open_log(state, run)
+    log = open_log(state, run, resumed=found is not None)
     peak = measured_peak_flops(ranks.device, models.dtype) * ranks.world_size
     flops = lambda written, in_all: models.work(written, in_all) / peak
     process.watch.loop_started()
@@ -101,11 +101,11 @@ def open_ptx(config: PpoConfig, text: Text, run: Run) -> tuple[PtxTerm | None, s
     return PtxTerm(prepared.train, settings, config.train.seed, flatten), prepared.digest
 
 
-def open_log(state: PpoState, run: Run) -> MetricsLog | None:
+def open_log(state: PpoState, run: Run, resumed: bool) -> MetricsLog | None:
     """metrics.jsonl and trackers, cut back to what the state has behind it."""
     if not run.ranks.is_main:
         return None
-    written = state.iteration - (state.line is not None)
+    written = state.iteration - (state.line is not None) if resumed else -1  # a new run evaluates before iteration 1
     return MetricsLog(run.run_dir, run.config.logging, written, run.run_dir.name, to_dict(run.config))
 
 
