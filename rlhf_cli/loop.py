@@ -60,11 +60,11 @@ class Conclusion(NamedTuple):
 
 
 class StopAsked(Exception):
-    """Some rank was asked to stop in the middle of an evaluation; raised on all ranks."""
+    """Some rank was asked to stop in the middle of an evaluation or of an iteration; raised on all ranks."""
 
 
 def heed_stop(watch: StopWatch) -> None:
-    """Between the parts of a long evaluation, on all ranks: raises StopAsked if any of them was asked to stop."""
+    """Between the parts of something long, on all ranks: raises StopAsked if any of them was asked to stop."""
     if any_rank(bool(watch.requested)):
         raise StopAsked
 

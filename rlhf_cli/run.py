@@ -103,15 +103,12 @@ class Checkpoints:
     def newest(self) -> Found | None:
         """The newest undamaged checkpoint and its loop state, the same answer on every rank."""
         run = self.run
-        path = broadcast_object(checkpoint.newest_valid(run.run_dir, run.say) if run.ranks.is_main else None)
+        path = newest_checkpoint(run)
         if path is None:
             return None
-        state = LoopState(**_saved_loop(path))
-        best = None if state.best_step is None else best_dir(run.run_dir, state.best_step)
-        if run.config.train.early_stopping.patience and best is not None and not best.is_dir():
-            raise CheckpointError(
-                f"{path} speaks of the best weights so far in {best}, which is missing; put it back, or remove {path}"
-            )
+        state = LoopState(**saved_loop(path))
+        if run.config.train.early_stopping.patience:
+            check_best(run.run_dir, path, state.best_step)
         return Found(path, state)
 
     def load(self, path: Path, engine: Engine) -> None:
@@ -125,6 +122,20 @@ class Checkpoints:
         """Parameter groups for a new engine, or for one that continues from a checkpoint."""
         steps = engine_state.saved_steps(path / OPTIMIZER) if path else None
         return param_groups(model, self.run.config.optim.weight_decay, steps)
+
+
+def newest_checkpoint(run: Run) -> Path | None:
+    """The newest undamaged one, the same answer on every rank."""
+    return broadcast_object(checkpoint.newest_valid(run.run_dir, run.say) if run.ranks.is_main else None)
+
+
+def check_best(run_dir: Path, found: Path, step: int | None) -> None:
+    """Raise CheckpointError when the best weights that a checkpoint speaks of are gone."""
+    best = None if step is None else best_dir(run_dir, step)
+    if best is not None and not best.is_dir():
+        raise CheckpointError(
+            f"{found} speaks of the best weights so far in {best}, which is missing; put it back, or remove {found}"
+        )
 
 
 def best_dir(run_dir: Path, step: int) -> Path:
@@ -147,22 +158,22 @@ def load_best(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(best_dir(run_dir, step) / "weights.safetensors")
 
 
-def prune_best(run_dir: Path) -> None:
-    """Remove best weights that no checkpoint speaks of, and half-written ones.
+def prune_best(run_dir: Path, newest: int | None = None) -> None:
+    """Remove best weights that no checkpoint speaks of, and half-written ones. newest: those of this step stay, too.
 
     A finished run keeps those that its checkpoints need: it may be killed before it is known to be finished, or grow.
     """
     root = run_dir / checkpoint.DIRECTORY
-    needed = set()
+    needed = set() if newest is None else {best_dir(run_dir, newest)}
     for path in root.glob("step_*"):
         with suppress(FileNotFoundError, ValueError):  # a damaged checkpoint needs nothing: no run goes on from it
-            needed.add(best_dir(run_dir, _saved_loop(path)["best_step"] or 0))
+            needed.add(best_dir(run_dir, saved_loop(path)["best_step"] or 0))
     for path in [*root.glob("best_*"), *root.glob(".best_*")]:
         if path not in needed:
             shutil.rmtree(path)
 
 
-def _saved_loop(path: Path) -> dict[str, Any]:
+def saved_loop(path: Path) -> dict[str, Any]:
     """The loop state in a checkpoint."""
     return json.loads((path / checkpoint.LOOP_STATE).read_text(encoding="utf-8"))["loop"]
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf_cli.ops.kl import KL_ESTIMATORS, kl_estimate, negative_kl_test, next_kl_coef
+from rlhf_cli.ops.kl import kl_estimate, negative_kl_test, next_kl_coef
 from rlhf_cli.ops.logprobs import gather_logprobs
 from rlhf_cli.schema import AlgorithmConfig
 from tests.ragged import NAN
@@ -108,7 +108,7 @@ def test_half_precision_is_widened() -> None:
     assert kl_estimate(low, low, "k1").dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", KL_ESTIMATORS)
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 def test_exactly_zero_at_the_reference(kind: str) -> None:
     policy, _ = policies()
     batch = texts(sample(policy, 50, seed=1))

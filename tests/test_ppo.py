@@ -208,12 +208,27 @@ def test_text_ends_before_the_stop_string(chain: Chain, run_on_ranks: Ranks, tmp
 
 
 def test_discarded_responses_are_drawn_again(chain: Chain, run_on_ranks: Ranks, tmp_path: Path) -> None:
-    rule = "[{name: no_q, pattern: '[aeiou]{2}', action: discard}]"
+    rule = "[{name: no_king, pattern: 'k', action: discard}]"
     run_on_ranks(1, PPO, run_dir=str(tmp_path), overrides=chain.words(reward__rules=rule, ppo__num_iterations=2))
-    assert not any("no_q" in row["rules"] for row in samples(tmp_path))
-    line = next(line for line in read_metrics(tmp_path) if "rules/no_q_redrawn" in line)
-    assert line["rules/no_q_redrawn"] >= 0
-    assert line["rules/no_q"] == 0
+    assert len(samples(tmp_path)) == 16
+    assert not any("k" in row["response"] for row in samples(tmp_path))
+    line = next(line for line in read_metrics(tmp_path) if "rules/no_king_redrawn" in line)
+    assert line["rules/no_king_redrawn"] > 0
+    assert line["rules/no_king"] == 0
+
+
+def test_the_score_of_a_rule_is_final(chain: Chain, run_on_ranks: Ranks, tmp_path: Path) -> None:
+    """Also where it equals what the sources say, and where the response has no end."""
+    (tmp_path / "minus.py").write_text("def minus(prompts, responses, **_):\n    return [-1.0] * len(responses)\n")
+    source = f"{{type: function, path: {tmp_path / 'minus.py'}, function: minus}}"
+    overrides = chain.words(
+        source, reward__rules="[{name: river, pattern: 'r', score: -1}]", ppo__missing_eos="subtract:5",
+        ppo__num_iterations=1,
+    )  # fmt: skip
+    run_on_ranks(1, PPO, run_dir=str(tmp_path / "run"), overrides=overrides)
+    rows = [row for row in samples(tmp_path / "run") if row["ending"] == "length"]
+    assert {bool(row["rules"]) for row in rows} == {True, False}
+    assert all(row["score"] == (-1.0 if row["rules"] else -6.0) for row in rows)
 
 
 def test_what_can_never_be_kept_is_one_message(chain: Chain, run_on_ranks: Ranks, tmp_path: Path) -> None:
@@ -259,6 +274,18 @@ def test_an_alarm_stops_and_hands_over_the_best_policy(chain: Chain, run_on_rank
     assert figures["best_iteration"] == best
     assert figures["eval_reward"] == evaluations[best]
     assert not list((tmp_path / "checkpoints").glob("best_*"))
+
+
+@pytest.mark.distributed
+def test_an_alarm_ends_two_ranks_that_average(chain: Chain, run_on_ranks: Ranks, tmp_path: Path) -> None:
+    overrides = chain.words(
+        ppo__num_iterations=9, train__eval_every=1, ppo__alarms__action="stop", ppo__alarms__kl_budget=1e-9,
+        ppo__alarms__window=1, ppo__ema=0.9, optim__lr=0.01,
+    )  # fmt: skip
+    figures = run_on_ranks(2, PPO, run_dir=str(tmp_path), overrides=overrides)
+    assert figures[0]["iterations"] < 9
+    assert "best_iteration" in figures[0]
+    assert (tmp_path / "last_policy" / "model.safetensors").is_file()
 
 
 def test_ptx_and_the_average(chain: Chain, run_on_ranks: Ranks, tmp_path: Path) -> None:

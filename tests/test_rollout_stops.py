@@ -88,7 +88,7 @@ def test_letters_that_are_spread_over_tokens(kind: str) -> None:
     ids = tokenizer("é→😀", add_special_tokens=False).input_ids
     assert len(ids) > 3
     assert b"".join(pieces[i] for i in ids).decode().strip() == "é→😀"
-    stops = make_stops(pieces, ["→"], {tokenizer.eos_token_id})
+    stops = make_stops(pieces, ("→",), frozenset({tokenizer.eos_token_id}))
     length, ending, text, num_text_tokens = read(stops, ids)
     assert (ending, text.strip()) == ("stop", "é")
     assert b"".join(pieces[i] for i in ids[:num_text_tokens]).decode().strip() == "é"
@@ -99,7 +99,7 @@ def test_a_blank_in_front_of_a_word_belongs_to_the_response() -> None:
     """Decoding such tokens alone takes it off, and prompt and response would grow together."""
     tokenizer = sentencepiece_like()
     ids = tokenizer("a floor", add_special_tokens=False).input_ids
-    stops = make_stops(token_pieces(tokenizer, len(tokenizer)), [], {tokenizer.eos_token_id})
+    stops = make_stops(token_pieces(tokenizer, len(tokenizer)), (), frozenset({tokenizer.eos_token_id}))
     assert tokenizer.decode(ids) == "a floor"
     assert read(stops, ids)[2] == " a floor"
 
@@ -110,13 +110,13 @@ PIECES = (b"", b"a", b"b", b"#", b"##", b"###H", b"um", b"an", b" a###Human: b",
 
 
 def test_a_stop_string_is_spread_over_tokens() -> None:
-    stops = make_stops(PIECES, ["###Human"], {EOS})
+    stops = make_stops(PIECES, ("###Human",), frozenset({EOS}))
     # a # # #H um an: spread over five tokens, that end with it
     assert read(stops, [1, 3, 3, 11, 6, 7, 1]) == (6, "stop", "a", 1)
 
 
 def test_text_around_a_stop_string() -> None:
-    stops = make_stops(PIECES, ["###Human"], {EOS})
+    stops = make_stops(PIECES, ("###Human",), frozenset({EOS}))
     assert read(stops, [1, 5, 6, 7, 2]) == (4, "stop", "a", 1)
     assert read(stops, [1, 2, 8, 1]) == (3, "stop", "ab a", None), "it begins inside a token, text follows inside"
     assert read(stops, [4, 5, 6, 7]) == (4, "stop", "##", 1), "a # too many in front"
@@ -130,17 +130,17 @@ def test_text_around_a_stop_string() -> None:
 
 def test_several_stop_strings() -> None:
     # "b" is complete first, though "ab#" begins earlier
-    assert read(make_stops(PIECES, ["ab#", "b"], {EOS}), [1, 2, 3]) == (2, "stop", "a", 1)
+    assert read(make_stops(PIECES, ("ab#", "b"), frozenset({EOS})), [1, 2, 3]) == (2, "stop", "a", 1)
     # both complete with the same byte: the longer is cut off
-    assert read(make_stops(PIECES, ["b", "ab"], {EOS}), [3, 1, 2]) == (3, "stop", "#", 1)
+    assert read(make_stops(PIECES, ("b", "ab"), frozenset({EOS})), [3, 1, 2]) == (3, "stop", "#", 1)
     # in the last token one follows the other: the first counts
-    assert read(make_stops(PIECES, ["b", "###"], {EOS}), [2, 8])[1:] == ("stop", "", 0)
-    assert read(make_stops(PIECES, ["###", ": b"], {EOS}), [1, 8]) == (2, "stop", "a a", None)
-    assert read(make_stops(PIECES, [], {EOS, 9}), [1, 9, 2]) == (2, "eos", "a", 1)
+    assert read(make_stops(PIECES, ("b", "###"), frozenset({EOS})), [2, 8])[1:] == ("stop", "", 0)
+    assert read(make_stops(PIECES, ("###", ": b"), frozenset({EOS})), [1, 8]) == (2, "stop", "a a", None)
+    assert read(make_stops(PIECES, (), frozenset({EOS, 9})), [1, 9, 2]) == (2, "eos", "a", 1)
 
 
 def test_a_token_without_text_in_front_of_a_stop_string_is_text() -> None:
-    stops = make_stops((b"", b"a", b"#", b""), ["#"], {EOS})
+    stops = make_stops((b"", b"a", b"#", b""), ("#",), frozenset({EOS}))
     assert read(stops, [1, 3, 2]) == (3, "stop", "a", 2)
     assert read(stops, [3, 2, 3]) == (2, "stop", "", 1)
 
@@ -159,7 +159,7 @@ words = st.lists(alphabet, min_size=1, max_size=4).map(b"".join)
 def test_table_equals_reading_byte_by_byte(pieces: list[bytes], strings: list[bytes], ids: list[int]) -> None:
     pieces = [b"<end>", *pieces]
     ids = [i % len(pieces) for i in ids]
-    stops = make_stops(tuple(pieces), [s.decode() for s in strings], {EOS})
+    stops = make_stops(tuple(pieces), tuple(s.decode() for s in strings), frozenset({EOS}))
     expected: tuple[int, Ending, str] = (len(ids), "length", b"".join(pieces[i] for i in ids).decode())
     text = b""
     for i, token in enumerate(ids):

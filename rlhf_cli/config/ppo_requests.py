@@ -70,7 +70,6 @@ def _check_data(config: PpoConfig) -> Iterator[Problem]:
     yield from check_data_paths("data.path", data.path)
     yield from check_data_paths("data.eval_path", data.eval_path)
     yield from check_data_paths("ppo.ptx.data.path", ptx.path)
-    yield from check_data_paths("ppo.ptx.data.eval_path", ptx.eval_path)
     yield from check_data_paths("eval.tax_path", config.eval.tax_path)
     if _has_plain_text(data) and data.prompt_tokens > data.max_prompt_length:
         yield Problem(
@@ -97,12 +96,19 @@ def _check_lengths(config: PpoConfig) -> Iterator[Problem]:
     assert config.model.path is not None
     folder = model_folder(config.model.path)
     positions = num_positions(folder) if folder is not None else None
+    if positions is None:
+        return
     prompt, response = config.data.max_prompt_length, config.generation.max_new_tokens
-    if positions is not None and prompt + response > positions:
+    if prompt + response > positions:
         yield Problem(
             "generation.max_new_tokens",
             f"data.max_prompt_length + generation.max_new_tokens = {prompt} + {response} = {prompt + response} is more"
             f" than the {positions} positions of {config.model.path}; lower one of the two",
+        )
+    if config.ppo.ptx.coef > 0 and config.ppo.ptx.data.max_length > positions:
+        yield Problem(
+            "ppo.ptx.data.max_length",
+            f"{config.ppo.ptx.data.max_length} is more than the {positions} positions of {config.model.path}; lower it",
         )
 
 
@@ -126,21 +132,32 @@ def _check_critic(config: PpoConfig, weights_needed: bool) -> Iterator[Problem]:
         found = list(check_model_path("ppo.critic", critic, ("policy", "reward"), weights_needed))
         yield from found or _check_fits_critic(critic, config)
         return
-    models = _reward_models(config)
-    if not models:
-        yield Problem("ppo.critic", "reward: no source in reward.sources is a reward model; use policy, or a path")
+    sources = [source for _, source in _reward_models(config) if source.type == "model"]
+    if not sources:
+        yield Problem("ppo.critic", "reward: no source in reward.sources is of type model; use policy, or a path")
         return
-    _, source = models[0]
-    assert source.path is not None
-    folder = model_folder(source.path)
-    if folder is not None and is_adapter(folder) and config.ppo.sharing == "separate":
+    found = [list(_check_becomes_critic(str(source.path), config)) for source in sources]
+    if all(found):  # the run takes the first one that fits
+        yield from (problem for problems in found for problem in problems)
+
+
+def _check_becomes_critic(path: str, config: PpoConfig) -> Iterator[Problem]:
+    """A reward source as the beginning of the critic (ppo.critic=reward)."""
+    folder = model_folder(path)
+    if folder is not None and is_adapter(folder) and not config.lora.enabled:
         yield Problem(
             "ppo.critic",
-            f"reward: {source.path} is an adapter; merge it into its base first: rlhf merge-lora"
-            f" merge.adapter={source.path}, or use ppo.critic=policy or ppo.sharing=hydra",
+            f"reward: {path} is an adapter; merge it into its base first: rlhf merge-lora merge.adapter={path}, or use"
+            " ppo.critic=policy, or train adapters (lora.enabled=true)",
+        )
+    elif folder is not None and not is_adapter(folder) and config.ppo.sharing == "hydra":
+        yield Problem(
+            "ppo.critic",
+            f"reward: {path} is a whole model, which ppo.sharing=hydra cannot share; use policy, or an adapter on"
+            f" {config.model.path}",
         )
     else:
-        yield from _check_fits_critic(source.path, config)
+        yield from _check_fits_critic(path, config)
 
 
 def _check_fits_critic(path: str, config: PpoConfig) -> Iterator[Problem]:
@@ -182,29 +199,21 @@ def _reward_models(config: PpoConfig) -> KEYED_SOURCES:
 
 
 def _check_shared_reward(config: PpoConfig) -> Iterator[Problem]:
-    """hydra holds the base once: one reward model at most, an adapter on that base; functions and servers may stand
-    beside it, since they hold no weights here."""
+    """hydra holds the base once: of the reward models at least one is an adapter on that base. Whole ones may stand
+    beside it with weights of their own, as may functions and servers."""
     models = _reward_models(config)
-    if len(models) > 1:
+    folders = [(key, source.path or "", model_folder(source.path or "")) for key, source in models]
+    whole = [path for _, path, folder in folders if folder is not None and not is_adapter(folder)]
+    for key, path, folder in folders:
+        if folder is not None and is_adapter(folder):  # a hub id is looked at by the run
+            yield from _check_base(f"{key}.path", path, folder, config)
+    if models and len(whole) == len(models):
         yield Problem(
-            "reward.sources",
-            f"{len(models)} of them are models, with ppo.sharing=hydra one can share the policy's base; keep one"
-            " (sources of type function, rouge and http may stand beside it), or use ppo.sharing=separate",
+            f"{models[0][0]}.path" if len(models) == 1 else "reward.sources",
+            f"{' and '.join(whole)} {'is a whole model' if len(models) == 1 else 'are whole models'},"
+            f" ppo.sharing=hydra needs an adapter on {config.model.path}: a run of"
+            f" `rlhf rm model.path={config.model.path} lora=r16` (not merged), or use ppo.sharing=separate",
         )
-        return
-    for key, source in models:
-        assert source.path is not None
-        folder = model_folder(source.path)
-        if folder is None or not (is_adapter(folder) or is_reward_model(folder)):
-            continue  # a hub id is looked at by the run; what is no reward model is told by check_rewards
-        if not is_adapter(folder):
-            yield Problem(
-                f"{key}.path",
-                f"{source.path} is a whole model, ppo.sharing=hydra needs an adapter on {config.model.path}: a run of"
-                f" `rlhf rm model.path={config.model.path} lora=r16` (not merged), or use ppo.sharing=separate",
-            )
-            continue
-        yield from _check_base(f"{key}.path", source.path, folder, config)
 
 
 def _check_base(key: str, path: str, folder: Path, config: PpoConfig) -> Iterator[Problem]:

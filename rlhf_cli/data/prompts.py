@@ -57,16 +57,12 @@ class Prompt(NamedTuple):
 
 
 class PreparedPrompts(NamedTuple):
-    """train and eval prompts; info: one entry per data.path and data.eval_path for the manifest; digest of it all.
-
-    repeated: so many eval prompts are also among those that are trained on.
-    """
+    """train and eval prompts; info: one entry per data.path and data.eval_path for the manifest; digest of it all."""
 
     train: list[Prompt]
     eval: list[Prompt] | None
     info: list[dict[str, Any]]
     digest: str
-    repeated: int = 0
 
 
 def prompt_order(num_prompts: int, seed: int) -> Callable[[int], int]:
@@ -107,7 +103,7 @@ def prepare_prompts(
             f"data: {repeated} of {len(eval_rows)} evaluation prompts are trained on, too, so they do not tell how new"
             " prompts are answered; take them out of one side"
         )
-    return PreparedPrompts(train, evaluation, infos, _digest(data, train, evaluation), repeated)
+    return PreparedPrompts(train, evaluation, infos, _digest(data, train, evaluation))
 
 
 # --- tokens

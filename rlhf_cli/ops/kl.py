@@ -6,16 +6,13 @@ Shapes: R responses, T tokens of the longest; keep_mask (R, T) bool, True = a to
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_cli.ops.masks import masked_sum
 from rlhf_cli.schema import AlgorithmConfig
-
-KlEstimator = Literal["k1", "k2", "k3"]
-KL_ESTIMATORS: tuple[KlEstimator, ...] = ("k1", "k2", "k3")
 
 MAX_KL_ERROR = 0.2
 """Clip of the controller's relative error (Ziegler et al., arXiv 1909.08593, section 2.2)."""

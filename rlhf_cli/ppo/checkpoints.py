@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rlhf_cli.ppo.models import Models
 from rlhf_cli.ppo.state import PpoState
-from rlhf_cli.run import Run, prune_best
+from rlhf_cli.run import Run, check_best, newest_checkpoint, prune_best, saved_loop
 from rlhf_cli.runtime import checkpoint
-from rlhf_cli.runtime.distributed import broadcast_object
 
 
 class Found(NamedTuple):
@@ -23,11 +21,12 @@ class Found(NamedTuple):
 
 def newest(run: Run) -> Found | None:
     """The newest undamaged checkpoint, the same answer on every rank."""
-    path = broadcast_object(checkpoint.newest_valid(run.run_dir, run.say) if run.ranks.is_main else None)
+    path = newest_checkpoint(run)
     if path is None:
         return None
-    saved: dict[str, Any] = json.loads((path / checkpoint.LOOP_STATE).read_text(encoding="utf-8"))["loop"]
-    return Found(path, PpoState(**saved))
+    state = PpoState(**saved_loop(path))
+    check_best(run.run_dir, path, state.best_step)
+    return Found(path, state)
 
 
 def save(models: Models, state: PpoState, run: Run) -> None:

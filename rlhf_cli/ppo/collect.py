@@ -15,7 +15,7 @@ from rlhf_cli.errors import RunFailed
 from rlhf_cli.loop import heed_stop
 from rlhf_cli.ppo.models import Models
 from rlhf_cli.reward.answers import Writer, scored_text
-from rlhf_cli.reward.rules import RuleHits, Rules, rule_names
+from rlhf_cli.reward.rules import Rules, rule_names
 from rlhf_cli.reward.source import ScoredText
 from rlhf_cli.rollout.sampler import Request, Response, Stopped, generate
 from rlhf_cli.run import Run
@@ -44,13 +44,17 @@ class Draw(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """Of N responses. reward (N,) float64: what the sources say, weighted, before rules; score (N,): with rules;
-    by_source: name -> (N,); hits: rule -> (N,) bool."""
+    """Of N responses. reward (N,) float64: what the sources say, weighted, before rules; ruled (N,): the score that a
+    rule gives instead, nan where none does; by_source: name -> (N,); hits: rule -> (N,) bool."""
 
     reward: Tensor
-    score: Tensor
+    ruled: Tensor
     by_source: dict[str, Tensor]
     hits: dict[str, Tensor]
+
+    def with_rules(self, rewards: Tensor) -> Tensor:
+        """(N,): a rule's score where there is one, else the reward."""
+        return torch.where(torch.isnan(self.ruled), rewards, self.ruled)
 
 
 @dataclass
@@ -137,7 +141,7 @@ class Collector:
             reward[rows] = torch.tensor(total, dtype=torch.float64)
             for name, values in sources.items():
                 by_source[name][rows] = torch.tensor(values, dtype=torch.float64)
-        return Judged(reward, with_rules(reward, hits), by_source, hits.hits)
+        return Judged(reward, hits.score, by_source, hits.hits)
 
     def _scored_text(self, answer: Answer) -> ScoredText:
         """What reward sources see of an answer; its very tokens where the text does not end inside one."""
@@ -189,8 +193,3 @@ def text_length(response: Response) -> int:
     if response.num_text_tokens is not None:
         return response.num_text_tokens
     return len(response.token_ids) - 1
-
-
-def with_rules(reward: Tensor, hits: RuleHits) -> Tensor:
-    """(N,): the score of the lowest rule that was hit, else the reward."""
-    return torch.where(torch.isnan(hits.score), reward, hits.score)

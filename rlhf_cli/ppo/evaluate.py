@@ -17,7 +17,10 @@ from rlhf_cli.ops.diversity import distinct_n
 from rlhf_cli.ppo.collect import Answer, Collector, Judged, evaluation_requests, evaluation_sampling
 from rlhf_cli.ppo.models import Models
 from rlhf_cli.run import Run
+from rlhf_cli.runtime.distributed import local_first
 from rlhf_cli.schema import DataConfig, PpoConfig
+
+TAX_LENGTH = 1024  # tokens of a row of held-out text that count
 
 
 @dataclass
@@ -36,13 +39,14 @@ def open_evaluation(config: PpoConfig, prompts: Sequence[Prompt] | None, models:
     held_out = None if prompts is None else prompts[: config.eval.num_prompts]
     if config.eval.tax_path is None:
         return Evaluation(held_out, None)
-    text = models.text
-    positions = models.positions
     data = DataConfig(
         path=config.eval.tax_path, limit=config.eval.tax_rows, template=config.data.template,
-        max_length=min(positions, 1024), overlong="truncate",
+        max_length=min(models.positions, TAX_LENGTH), overlong="truncate",
     )  # fmt: skip
-    rows = prepare(data, text.tokenizer, tokenizer_digest(text.tokenizer), text.template, run.say).train
+    text = models.text
+    with local_first(run.ranks):  # the others find its tokens in the cache
+        report = run.say if run.ranks.is_main else print
+        rows = prepare(data, text.tokenizer, tokenizer_digest(text.tokenizer), text.template, report).train
     return Evaluation(held_out, rows)
 
 
@@ -67,11 +71,11 @@ def evaluate(evaluation: Evaluation, collector: Collector, iteration: int) -> di
 
 
 def _answer_figures(answers: Sequence[Answer], judged: Judged) -> dict[str, float]:
-    count = len(answers)
+    count, scores = len(answers), judged.with_rules(judged.reward)
     tokens = [a.response.token_ids[: a.response.num_text_tokens].tolist() for a in answers]
     figures = {
-        "eval_reward": judged.score.mean().item(),
-        "eval_reward_stderr": judged.score.std().item() / math.sqrt(count) if count > 1 else 0.0,
+        "eval_reward": scores.mean().item(),
+        "eval_reward_stderr": scores.std().item() / math.sqrt(count) if count > 1 else 0.0,
         "eval_length": sum(len(a.response.token_ids) for a in answers) / count,
         "eval_distinct_2": distinct_n(tokens, 2),
     }
@@ -80,12 +84,13 @@ def _answer_figures(answers: Sequence[Answer], judged: Judged) -> dict[str, floa
 
 
 def _write_answers(answers: Sequence[Answer], judged: Judged, run: Run, iteration: int) -> None:
+    scores = judged.with_rules(judged.reward)
     rows = [
         {
             "iteration": iteration,
             "prompt": answer.prompt.text,
             "response": answer.response.text,
-            "score": judged.score[i].item(),
+            "score": scores[i].item(),
             **{f"reward/{name}": values[i].item() for name, values in judged.by_source.items()},
             "ending": answer.response.ending,
         }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -14,16 +13,16 @@ from rlhf_cli.ops.kl import kl_estimate, negative_kl_test
 from rlhf_cli.ops.masks import masked_sum
 from rlhf_cli.ppo.batch import Experience
 from rlhf_cli.ppo.collect import Judged
+from rlhf_cli.rollout.pieces import token_pieces
 from rlhf_cli.rollout.sampler import Response
-
-SEPARATORS = ("\n", " ", ",", ".")
 
 
 def objective_figures(experience: Experience, judged: Judged, kl_coef: float, rewards: Tensor) -> dict[str, float]:
     """objective/...: means over the R responses of what the policy is trained on. rewards (R, T): per token.
 
     kl, kl_k2, kl_k3 and entropy are sums over a response's tokens (nats per response); entropy is that of the sampled
-    tokens, -log p. non_score_reward is the KL penalty, rlhf_reward what is maximised.
+    tokens, -log p; ref_perplexity that of the responses under the reference. non_score_reward is the KL penalty,
+    rlhf_reward what is maximised.
     """
     keep, logprobs, reference = experience.keep_mask, experience.logprobs, experience.ref_logprobs
     per_response = lambda values: masked_sum(values, keep, dim=-1).double()
@@ -41,6 +40,7 @@ def objective_figures(experience: Experience, judged: Judged, kl_coef: float, re
         "objective/rlhf_reward": total.mean().item(),
         "objective/scores": scores.mean().item(),
         "objective/scores_std": scores.std().item() if len(scores) > 1 else 0.0,
+        "objective/ref_perplexity": math.exp(min(700.0, -masked_sum(reference, keep).item() / int(keep.sum()))),
         "objective/reward": judged.reward.mean().item(),
     }
     figures |= {f"reward/{name}": values.mean().item() for name, values in judged.by_source.items()}
@@ -48,9 +48,10 @@ def objective_figures(experience: Experience, judged: Judged, kl_coef: float, re
     return figures
 
 
-def text_figures(responses: Sequence[Response], tokenizer: Any) -> dict[str, float]:
+def text_figures(responses: Sequence[Response], tokenizer: Any, vocab_size: int) -> dict[str, float]:
     """text/...: length in tokens, how responses end, diversity, separators, repetition; ends are not counted."""
     tokens = [r.token_ids[: r.num_text_tokens].tolist() for r in responses]
+    pieces = [piece.decode(errors="replace") for piece in token_pieces(tokenizer, vocab_size)]
     count = len(responses)
     return {
         "text/length": sum(len(r.token_ids) for r in responses) / count,
@@ -59,19 +60,9 @@ def text_figures(responses: Sequence[Response], tokenizer: Any) -> dict[str, flo
         "text/stop_rate": sum(r.ending == "stop" for r in responses) / count,
         "text/distinct_1": distinct_n(tokens, 1),
         "text/distinct_2": distinct_n(tokens, 2),
-        "text/separator_ratio": separator_ratio([[piece(tokenizer, t) for t in row] for row in tokens]),
+        "text/separator_ratio": separator_ratio([[pieces[t] for t in row] for row in tokens]),
         "text/repetition": repetition(tokens),
     }
-
-
-def piece(tokenizer: Any, token: int) -> str:
-    """The text of one token."""
-    return _pieces(tokenizer)(token)
-
-
-@lru_cache(maxsize=2)
-def _pieces(tokenizer: Any) -> Any:
-    return lru_cache(maxsize=None)(lambda token: tokenizer.decode([token]))
 
 
 def negative_kl(experience: Experience) -> str | None:
@@ -83,5 +74,6 @@ def negative_kl(experience: Experience) -> str | None:
     return (
         f"KL to the reference is estimated as {found.mean:.3f} ± {found.stderr:.3f} nats per response, but no KL is"
         " negative: the texts were not drawn from softmax(logits / temperature). generation.top_k, top_p and"
-        " min_new_tokens change what is drawn (min_new_tokens does it most, by forbidding the end); turn them off"
+        " min_new_tokens change what is drawn (min_new_tokens does it most, by forbidding the end), and so do rules"
+        " that discard; turn them off"
     )

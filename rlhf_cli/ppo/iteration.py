@@ -66,7 +66,7 @@ def iterate(collector: Collector, state: PpoState, ptx: PtxTerm | None, flops: C
     clock.lap("train")
 
     figures = objective_figures(experience, judged, state.kl_coef, rewards)
-    figures |= text_figures([a.response for a in drawn.answers], models.text.tokenizer)
+    figures |= text_figures([a.response for a in drawn.answers], models.text.tokenizer, models.vocab_size)
     figures |= {f"rules/{name}_redrawn": float(count) for name, count in drawn.redrawn.items()}
     written = int(experience.keep_mask.sum())
     in_all = written + sum(len(p) for p in experience.prompts)
@@ -101,8 +101,7 @@ def _scores(
     for i, answer in enumerate(drawn.answers):
         if answer.response.ending == "length":
             scores[i] = collector.config.ppo.scored_ending(reward[i].item())
-    ruled = judged.score != judged.reward
-    return moments, torch.where(ruled, judged.score, scores)
+    return moments, judged.with_rules(scores)
 
 
 def _measure(collector: Collector, drawn: Draw, scores: torch.Tensor) -> Experience:

@@ -19,7 +19,7 @@ from rlhf_cli.ppo.iteration import Done, iterate
 from rlhf_cli.ppo.ptx import PtxTerm
 from rlhf_cli.ppo.samples import write_samples
 from rlhf_cli.ppo.state import PpoState
-from rlhf_cli.run import save_best
+from rlhf_cli.run import prune_best, save_best
 from rlhf_cli.runtime.distributed import any_rank
 from rlhf_cli.runtime.metrics import MetricsLog
 
@@ -92,6 +92,8 @@ class Loop:
         if self.keeps_best and better and not state.halted:
             state.best_eval, state.best_step = figures, state.iteration
             save_best(run, self.collector.models.policy, state.iteration, only_trainable=True)
+            if run.ranks.is_main:
+                prune_best(run.run_dir, newest=state.iteration)
 
     @property
     def keeps_best(self) -> bool:
@@ -116,23 +118,24 @@ class Loop:
                 run.say(explain(name, what))
         if alarms and self.keeps_best:
             state.halted = True
-        if run.display is None:
-            return
-        total = sum(line[f"perf/{phase}_s"] for phase in ("generate", "score", "train")) or 1.0
-        share = lambda phase: f"{100 * line[f'perf/{phase}_s'] / total:.0f}"
-        run.display.step(
-            state.iteration,
-            {
-                "reward": f"{line['objective/scores']:.3f}",
-                "KL": f"{line['objective/kl']:.2f}",
-                "length": f"{line['text/length']:.0f}",
-                "tokens/s": f"{line['perf/tokens_per_s']:,.0f}",
-                "generate/score/train": f"{share('generate')}/{share('score')}/{share('train')} %",
-            },
-        )
+        if run.display is not None:
+            run.display.step(state.iteration, _shown(line))
         every = config.logging.log_samples_every
         if every and self.log is not None and (state.iteration - 1) % every == 0:
             write_samples(done.answers, done.judged, done.experience, state.iteration - 1, run, self.log)
 
     def _save(self, state: PpoState) -> None:
         checkpoints.save(self.collector.models, state, self.collector.run)
+
+
+def _shown(line: dict[str, Any]) -> dict[str, str]:
+    """The figures of an iteration beside the bar."""
+    seconds = [line[f"perf/{phase}_s"] for phase in ("generate", "score", "train")]
+    total = sum(seconds) or 1.0
+    return {
+        "reward": f"{line['objective/scores']:.3f}",
+        "KL": f"{line['objective/kl']:.2f}",
+        "length": f"{line['text/length']:.0f}",
+        "tokens/s": f"{line['perf/tokens_per_s']:,.0f}",
+        "generate/score/train": "/".join(f"{100 * part / total:.0f}" for part in seconds) + " %",
+    }

@@ -78,6 +78,11 @@ class Models:
     held_reference: Frozen | Borrowed
     held_rewards: list[Frozen | Borrowed]
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the policy's embeddings, which may be more than the tokenizer has tokens."""
+        return int(plain_model(self.policy.module).config.get_text_config().vocab_size)
+
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
         """The reference with whole weights, to be called as forward.response_logprobs does. All ranks enter and leave;
@@ -113,8 +118,9 @@ class Models:
     def save(self, run_dir: Path, best: Mapping[str, torch.Tensor] | None = None) -> dict[str, str]:
         """Write the policy to model/, the critic to critic/; returns the manifest's `output`. All ranks call it.
 
-        best: trained weights of the policy by name (on rank 0), of an earlier iteration, that are the result instead of
-        the last ones. Else with ppo.ema the result is the average. In both cases the last weights go to last_policy/.
+        best: trained weights of the policy by name, of an earlier iteration, that are the result instead of the last
+        ones ({} on other ranks than 0). Else with ppo.ema the result is the average. In both cases the last weights go
+        to last_policy/.
         Raises RunFailed when the disk has no room.
         """
         origins, is_adapter = self.saved_as.origins, self.config.lora.enabled
@@ -191,7 +197,7 @@ class _Opener:
         rewards = open_rewards(self.config.reward, self.run.ranks.device, load)
         for name, about in rewards.about.items():
             self.run.say(f"{name}: {about}")
-        check_positions(self.config, min(positions))
+        check_positions(self.config, min(positions), positions[0])
         ema = Ema(policy, self.config.ppo.ema) if self.config.ppo.ema is not None else None
         saved_as = SavedAs(self.origins, policy_config, critic_config)
         read = self.read_params + load.params
@@ -285,14 +291,21 @@ def frozen_home(config: PpoConfig, settings: LoadedModelConfig | None, world_siz
     return config.ppo.frozen
 
 
-def check_positions(config: PpoConfig, positions: int) -> None:
-    """Raise ModelError when prompt and response are longer than the models have positions."""
+def check_positions(config: PpoConfig, positions: int, of_policy: int) -> None:
+    """Raise ModelError when prompt and response are longer than the models have positions, or the text beside them
+    (ppo.ptx) than the policy has."""
     longest = config.data.max_prompt_length + config.generation.max_new_tokens
     if longest > positions:
         raise ModelError(
             f"data.max_prompt_length + generation.max_new_tokens: {config.data.max_prompt_length} +"
             f" {config.generation.max_new_tokens} = {longest} is more than the {positions} positions of the models;"
             " lower one of them"
+        )
+    text = config.ppo.ptx
+    if text.coef > 0 and text.data.max_length > of_policy:
+        raise ModelError(
+            f"ppo.ptx.data.max_length: {text.data.max_length} is more than the {of_policy} positions of the policy;"
+            " lower it"
         )
 
 

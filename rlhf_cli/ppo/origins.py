@@ -72,8 +72,8 @@ def check_base(found: Located, key: str, policy: str, policy_digest: str | None)
     if not same:
         raise ModelError(
             f"{key}.path: {found.path} is an adapter of {found.base}, but ppo.sharing=hydra needs one that was trained"
-            f" on the policy's own weights, {policy} as it is now: train it there (rlhf rm model.path=... lora=r16),"
-            " or merge it (rlhf merge-lora) and use ppo.sharing=separate"
+            f" on the policy's own weights, {policy} as it is now: train it there (`rlhf rm` from that model with"
+            " lora=r16), or merge it (rlhf merge-lora) and use ppo.sharing=separate"
         )
 
 

@@ -83,11 +83,13 @@ class Read:
 
 @dataclass(frozen=True)
 class Plan:
-    """phases: what each adds to `rest`; all of it bytes of one rank by purpose. host: in the machine's memory."""
+    """phases: what each adds to `rest`; all of it bytes of one rank by purpose. host: in the machine's memory;
+    whole: of the largest model that a rank has there while it opens it, before it keeps its share."""
 
     rest: dict[str, int]
     phases: dict[str, dict[str, int]]
     host: int
+    whole: int
     checkpoint: int
     models: Table
 
@@ -119,7 +121,8 @@ def plan_run(config: PpoConfig, text: Text, longest_prompt: int, world_size: int
     origins = find_origins(config, text if _has_tokenizers(config) else None)
     architecture = load_config(origins.policy, config.model.revision, config.model.trust_remote_code)
     architecture.vocab_size = max(architecture.vocab_size, len(text.tokenizer))
-    check_positions(config, getattr(architecture.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    check_positions(config, positions, positions)
     hydra = config.ppo.sharing == "hydra"
     policy = Trained(architecture, _estimate(config, architecture, size), False)
     models = [("policy", _about(str(config.model.path), policy))]
@@ -140,7 +143,8 @@ def plan_run(config: PpoConfig, text: Text, longest_prompt: int, world_size: int
     }
     trained = policy.memory.trainable_params + (critic.memory.trainable_params if critic else 0)
     checkpoint = 12 * trained + (4 * policy.memory.trainable_params if config.ppo.ema else 0)
-    return Plan(rest, phases, host, checkpoint, models)
+    whole = max((read.own for read in reads if read.home != "keep"), default=0)
+    return Plan(rest, phases, host, whole, checkpoint, models)
 
 
 # --- the models
@@ -238,9 +242,11 @@ def _at_rest(
 def _generate(config: PpoConfig, policy: Trained, size: Size) -> dict[str, int]:
     responses = -(-config.ppo.rollout_batch_size // size.world_size)
     sequences = min(config.generation.batch_size, responses)
+    # Rows that begin while others run need columns behind theirs (rollout.sampler).
+    columns = size.length + (size.length // 2 if config.generation.refill else 0)
     return {
         "gathered": _whole(policy, size) if _sharded(config, size) else 0,
-        "keys and values": cache_bytes(policy.config, size.dtype, sequences, size.length),
+        "keys and values": cache_bytes(policy.config, size.dtype, sequences, columns),
         "logits": logit_bytes(policy.config, sequences),
     }
 
@@ -331,6 +337,8 @@ def describe_memory(plan: Plan, config: PpoConfig) -> Table:
     rows = [("at rest", f"{gib(sum(plan.rest.values()))} ({_parts(plan.rest)})")]
     for phase, added in plan.phases.items():
         rows.append((phase, f"{gib(plan.total(phase))} (at rest, {_parts(added)})"))
+    if plan.whole:
+        rows.append(("host at start", f"{gib(plan.whole)} more per rank, while it opens the largest frozen model"))
     kept = config.train.keep_checkpoints
     saved = f"{kept} kept" if config.train.save_every else "written when interrupted (train.save_every=0)"
     return [

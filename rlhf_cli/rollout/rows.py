@@ -105,11 +105,10 @@ class Rows:
 
     def _ban_ends(self, logits: Tensor, step: int) -> None:
         """Take away what would end a row too early: end tokens, and tokens that complete a stop string."""
-        early = np.flatnonzero(self.written + step < self.drawing.min_new_tokens)
-        if len(early):
-            rows = torch.from_numpy(early).to(logits.device)
-            ends = self.table[self.states[rows]] >= self.stops.num_open  # (rows, V)
-            logits[rows] = logits[rows].masked_fill(ends, float("-inf"))
+        early = self.written + step < self.drawing.min_new_tokens
+        if early.any():
+            ends = self.table[self.states] >= self.stops.num_open  # (n, V)
+            logits.masked_fill_(ends & torch.from_numpy(early).to(ends.device)[:, None], float("-inf"))
 
     def _keep(self, alive: np.ndarray) -> None:
         """Rows that go on; the last ones take the places of those that left, so that little is moved."""

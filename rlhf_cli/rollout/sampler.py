@@ -98,7 +98,7 @@ def generate(
         open_decoder(base, room, needed + (needed // 2 if refill else 0)),
         make_stops(
             token_pieces(tokenizer, base.config.get_text_config().vocab_size),
-            [*stop, *sampling.stop],
+            (*stop, *sampling.stop),
             _end_tokens(base, tokenizer),
         ),
         Drawing(
@@ -147,11 +147,11 @@ def _run(
             progress(num_ended)
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     config = getattr(model, "generation_config", None)
     ids = getattr(config, "eos_token_id", None)
     more = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return {tokenizer.eos_token_id, *more}
+    return frozenset({tokenizer.eos_token_id, *more})
 
 
 def _response(rows: Rows, request: int) -> Response:

@@ -11,8 +11,8 @@ Shapes: S open states, V vocabulary, B rows.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -45,7 +45,8 @@ class Spelling(NamedTuple):
     num_text_tokens: int | None
 
 
-def make_stops(pieces: tuple[bytes, ...], strings: Sequence[str], end_tokens: Collection[int]) -> Stops:
+@lru_cache(maxsize=4)
+def make_stops(pieces: tuple[bytes, ...], strings: tuple[str, ...], end_tokens: frozenset[int]) -> Stops:
     """The table for these stop strings; pieces (V): the bytes of each token. An end token ends, whatever its text."""
     words = tuple(dict.fromkeys(s.encode() for s in strings))
     assert b"" not in words, "an empty stop string stands everywhere"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,13 +20,6 @@ from rlhf_cli.runtime.engine import gathered, move_buffers
 
 Home = Literal["keep", "shard", "offload"]
 ALIGNMENT = 16  # bytes; a multiple of every dtype's size, so that any tensor can be viewed at its place
-
-
-class Held(Protocol):
-    """A module whose weights can be had whole."""
-
-    def whole(self) -> Iterator[nn.Module]:
-        """A context manager; all ranks enter and leave it. It may be entered again inside."""
 
 
 class Slot(NamedTuple):
@@ -67,7 +60,7 @@ class Frozen:
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:
-        """The module with all of its weights on the device. They must not be changed."""
+        """The module with all of its weights on the device. They must not be changed. It may be entered again inside."""
         if self.home == "keep" or self._depth:
             yield self.module
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from rlhf_cli.errors import Problem
 from rlhf_cli.schema.fields import opt, section
@@ -140,6 +140,12 @@ class PromptDataConfig(SourceConfig):
 @dataclass
 class PtxDataConfig(DataConfig):
     """Pretraining text beside the prompts; needed only when its loss has a weight."""
+
+    # No options here: dialogues go through the policy's template (data.template), and all rows are trained on. As
+    # ClassVar the names stay readable for what prepares data, and are no longer fields.
+    template: ClassVar[TemplateName] = "auto"  # type: ignore[misc]
+    validation_split_percentage: ClassVar[float] = 0.0  # type: ignore[misc]
+    eval_path: ClassVar[None] = None  # type: ignore[misc]
 
     def check(self) -> Iterator[Problem]:
         if self.path:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from rlhf_cli.errors import Problem
 
 
 def opt(
@@ -31,6 +34,20 @@ def opt(
 def section(cls: type, help: str) -> Any:
     """A nested section, always present (its options carry the defaults)."""
     return dataclasses.field(default_factory=cls, metadata={"help": help, "limits": {}})
+
+
+def unread(config: Any, names: tuple[str, ...], reader: str, prefix: str = "") -> Iterator[Problem]:
+    """Problems with options that were set although nothing would read them. reader: the setting with which it would."""
+    default = type(config)()
+    for name in names:
+        unset = getattr(default, name)
+        if getattr(config, name) == unset:
+            continue
+        if dataclasses.is_dataclass(unset):
+            leave = "drop it"
+        else:  # as it is typed: null, false
+            leave = f"leave it at {unset if isinstance(unset, str) else json.dumps(unset)}"
+        yield Problem(f"{prefix}{name}", f"is read with {reader} only; set that, or {leave}")
 
 
 LIMIT_WORDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}

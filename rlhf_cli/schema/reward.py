@@ -146,3 +146,8 @@ class PolicyRewardConfig(RewardConfig):
         yield from super().check()
         if self.moments == "running" and not self.normalize:
             yield Problem("moments", "running is read with reward.normalize=true only; set it")
+
+    @property
+    def discarding(self) -> list[str]:
+        """Rules by which a response is drawn again, so that what is kept follows another distribution."""
+        return [f"reward.rules[{i}]" for i, rule in enumerate(self.rules) if rule.action == "discard"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from rlhf_cli.errors import Problem
 from rlhf_cli.schema.data import PtxDataConfig
-from rlhf_cli.schema.fields import opt, section
+from rlhf_cli.schema.fields import opt, section, unread
 from rlhf_cli.schema.job import LoggingConfig
 
 MISSING_EOS = re.compile(r"none|(set|subtract):(-?\d+(\.\d*)?(e-?\d+)?)", re.IGNORECASE)
@@ -31,6 +31,10 @@ class PtxConfig:
             yield Problem("data.path", "is required by ppo.ptx.coef > 0: text as for `rlhf sft`")
         if self.coef == 0 and self.data.path:
             yield Problem("coef", "is 0, so ppo.ptx.data would not be read; set it, or drop ppo.ptx.data.path")
+        if self.coef == 0:
+            yield from unread(self, ("batch_size", "reduction"), "ppo.ptx.coef > 0")
+            of_data = tuple(field.name for field in fields(self.data) if field.name != "path")
+            yield from unread(self.data, of_data, "ppo.ptx.coef > 0", "data.")
 
 
 @dataclass
@@ -68,7 +72,12 @@ class AlgorithmConfig:
     lam: float = opt(0.95, "gae: decay of later errors", ge=0, le=1)
     clip_range: float = opt(0.2, "the probability ratio moves the loss only this far from 1", gt=0)
     value_clip_range: float = opt(0.2, "the value moves its loss only this far from the old value", gt=0)
-    value_coef: float = opt(0.1, "weight of the value loss", gt=0)
+    value_coef: float = opt(
+        0.1,
+        "weight of the value loss; the critic has an AdamW of its own, which does not mind the scale, so this acts"
+        " through gradient clipping and eps only",
+        gt=0,
+    )
     whiten_advantages: Literal["auto", "always", "never"] = opt(
         "auto", "mean 0, std 1 over all tokens of the iteration; auto = for gae and reinforce++"
     )
@@ -118,6 +127,10 @@ class AlgorithmConfig:
             yield Problem("samples_per_prompt", f"{self.advantage} compares responses to one prompt: at least 2")
         if self.advantage in ("rloo", "grpo") and self.gamma != 1:
             yield Problem("gamma", f"{self.advantage} rewards whole responses: only 1 is possible")
+        if not self.has_critic:
+            yield from unread(self, ("lam", "critic_lr", "value_coef", "value_clip_range"), "ppo.advantage=gae")
+        if self.kl_controller == "fixed":
+            yield from unread(self, ("kl_target", "kl_horizon"), "ppo.kl_controller=adaptive")
         if self.kl_controller == "adaptive" and self.rollout_batch_size >= 5 * self.kl_horizon:
             yield Problem(
                 "kl_horizon",

@@ -14,7 +14,7 @@ from rlhf_cli.schema.data import (
     SourceConfig,
     TrainingSourceConfig,
 )
-from rlhf_cli.schema.fields import opt, section
+from rlhf_cli.schema.fields import opt, section, unread
 from rlhf_cli.schema.generation import GenerationConfig, RolloutConfig
 from rlhf_cli.schema.job import DeepspeedConfig, LaunchConfig, LoggingConfig, ProgressConfig
 from rlhf_cli.schema.model import LoadedModelConfig, LoraConfig, MergeConfig, ModelConfig
@@ -120,7 +120,8 @@ class PpoConfig(ModelledConfig):
             yield Problem("lora.dropout", "must be 0: with dropout the ratio of new to old policy would not start at 1")
         if self.generation.temperature == 0:
             yield Problem("generation.temperature", "must be > 0: the likeliest token teaches nothing")
-        held_out = self.data.eval_path or self.data.validation_split_percentage
+        held_out = bool(self.data.eval_path or self.data.validation_split_percentage)
+        yield from self._check_evaluation(held_out)
         if self.ppo.alarms.action == "stop" and not (held_out and self.train.eval_every):
             yield Problem(
                 "ppo.alarms.action",
@@ -128,6 +129,16 @@ class PpoConfig(ModelledConfig):
                 " (data.validation_split_percentage or data.eval_path)",
             )
         yield from self._check_sharing()
+
+    def _check_evaluation(self, held_out: bool) -> Iterator[Problem]:
+        """held_out: whether there are prompts to evaluate on."""
+        hold_out = "data.validation_split_percentage or data.eval_path"
+        if not held_out:
+            yield from unread(self.eval, ("num_prompts", "temperature"), hold_out, "eval.")
+        if self.eval.tax_path is None:
+            yield from unread(self.eval, ("tax_rows",), "eval.tax_path", "eval.")
+        if not held_out and self.eval.tax_path is None:
+            yield from unread(self.train, ("eval_every",), f"{hold_out}, or eval.tax_path,", "train.")
 
     def _check_sharing(self) -> Iterator[Problem]:
         settings = self.ppo

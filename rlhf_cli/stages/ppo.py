@@ -49,7 +49,7 @@ def align(config: PpoConfig, run_dir: Path, process: RankProcess, ranks: Ranks) 
     run = open_run(config, run_dir, process, ranks)
     text = pretrained_text(config.model, config.data.template)
     prompts = load_prompts(config, text.tokenizer, text.template, run)
-    for option in config.generation.filters:
+    for option in [*config.generation.filters, *config.reward.discarding]:
         run.say(f"warning: with {option} texts are not drawn from the policy itself, and KL is estimated with a bias")
     ptx, ptx_digest = open_ptx(config, text, run)
     digest = prompts.digest + ptx_digest
@@ -114,7 +114,9 @@ def finish(models: Models, state: PpoState, run: Run) -> dict[str, float]:
     use_best = state.halted and state.best_step is not None
     if use_best:
         run.say(f"ended by an alarm after iteration {state.iteration}; the best evaluation was after {state.best_step}")
-    best = load_best(run.run_dir, state.best_step or 0) if use_best and run.ranks.is_main else None
+    best = None  # only rank 0 needs the weights, but every rank has to know that there are some
+    if use_best:
+        best = load_best(run.run_dir, state.best_step or 0) if run.ranks.is_main else {}
     output = models.save(run.run_dir, best)
     figures = dict(state.best_eval if use_best else state.last_eval)
     if use_best:
