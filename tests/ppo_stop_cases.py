@@ -6,6 +6,7 @@ from typing import Any
 from unittest import mock
 
 from rlhf_cli.ppo import collect, iteration, loop
+from rlhf_cli.runtime import checkpoint
 from rlhf_cli.runtime.distributed import Ranks
 from rlhf_cli.stages import ppo
 from tests.stage_cases import run_ppo
@@ -49,3 +50,36 @@ def run_ppo_stopping(ranks: Ranks, run_dir: str, overrides: list[str], phase: st
         mock.patch.object(ppo, "open_run", opened),
     ):
         return run_ppo(ranks, run_dir, overrides)
+
+
+class Killed(Exception):
+    """Stands for SIGKILL: nothing of the run's own comes after it."""
+
+
+KILLS = PLACES | {"saving": (checkpoint, "_publish"), "ending": (ppo, "close_run")}
+
+
+def run_ppo_killed(ranks: Ranks, run_dir: str, overrides: list[str], phase: str, iteration: int) -> None:
+    """End in this phase of iteration `iteration` or later; updating: when the weights have changed, saving: when a
+    checkpoint is written and has not got its name yet, ending: when all is done but for the manifest's last word."""
+    owner, name = KILLS[phase]
+    original, draw, done = getattr(owner, name), collect.Collector.draw, -1
+
+    def drawing(self: Any, number: int, cursor: int) -> Any:
+        nonlocal done
+        done = number
+        return draw(self, number, cursor)
+
+    def killing(*args: Any, **kwargs: Any) -> Any:
+        if done < iteration:
+            return original(*args, **kwargs)
+        if phase == "update":
+            original(*args, **kwargs)
+        raise Killed
+
+    with mock.patch.object(collect.Collector, "draw", drawing), mock.patch.object(owner, name, killing):
+        try:
+            run_ppo(ranks, run_dir, overrides)
+        except Killed:
+            return
+    raise AssertionError(f"the run never came to {phase} in iteration {iteration}")

@@ -25,7 +25,7 @@ from tests.stage_cases import (
 )
 
 SFT, RM, PPO = (f"tests.stage_cases:run_{stage}" for stage in ("sft", "rm", "ppo"))
-STOPPING = "tests.ppo_stop_cases:run_ppo_stopping"
+STOPPING, KILLED = "tests.ppo_stop_cases:run_ppo_stopping", "tests.ppo_stop_cases:run_ppo_killed"
 Ranks = Callable[..., list[Any]]
 
 
@@ -135,25 +135,52 @@ def test_two_ranks_and_zero3_do_what_one_rank_does(chain: Chain, run_on_ranks: R
     assert apart < 0.05 * moved, (apart, moved)
 
 
+RESUMED = {
+    "train__eval_every": 2, "train__save_every": 2, "ppo__ema": 0.9, "ppo__kl_controller": "adaptive",
+    "ppo__kl_target": 0.5, "reward__normalize": "true", "reward__moments": "running",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(chain: Chain, run_on_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupts."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    run_on_ranks(1, PPO, run_dir=str(run_dir), overrides=chain.words(**RESUMED))
+    return run_dir
+
+
+def assert_same_run(whole: Path, cut: Path) -> None:
+    for model in ("model", "last_policy", "critic"):
+        one, two = (load_file(run / model / "model.safetensors") for run in (whole, cut))
+        assert all(torch.equal(one[name], two[name]) for name in one), f"{model}: bitwise"
+    timeless = lambda line: {k: v for k, v in line.items() if not k.startswith("perf/") and k != "seconds"}
+    lines = [[timeless(line) for line in read_metrics(run)] for run in (whole, cut)]
+    assert lines[0] == lines[1]
+    figures = [timeless(read_manifest(run)["metrics"]) for run in (whole, cut)]
+    assert figures[0] == figures[1]
+
+
 @pytest.mark.parametrize("phase", ["generate", "judge", "measure", "update", "evaluate"])
 def test_stopped_in_any_phase_it_ends_with_the_same_weights(
-    chain: Chain, run_on_ranks: Ranks, tmp_path: Path, phase: str
+    chain: Chain, run_on_ranks: Ranks, whole: Path, tmp_path: Path, phase: str
 ) -> None:
-    settings = {"train__eval_every": 2, "ppo__ema": 0.9, "ppo__kl_controller": "adaptive", "ppo__kl_target": 0.5}
-    settings |= {"reward__normalize": "true", "reward__moments": "running"}
-    overrides = chain.words(**settings)
-    (whole,) = run_on_ranks(1, PPO, run_dir=str(tmp_path / "whole"), overrides=overrides)
-    (nothing,) = run_on_ranks(1, STOPPING, run_dir=str(tmp_path / "cut"), overrides=overrides, phase=phase, iteration=2)
+    overrides = chain.words(**RESUMED)
+    (nothing,) = run_on_ranks(1, STOPPING, run_dir=str(tmp_path), overrides=overrides, phase=phase, iteration=2)
     assert nothing == {}
-    assert read_manifest(tmp_path / "cut")["status"] == "interrupted"
-    (cut,) = run_on_ranks(1, PPO, run_dir=str(tmp_path / "cut"), overrides=overrides)
-    one, two = policy_weights(tmp_path / "whole"), policy_weights(tmp_path / "cut")
-    assert all(torch.equal(one[name], two[name]) for name in one), "bitwise"
-    for name in ("eval_reward", "objective/kl", "policy/entropy_avg"):
-        assert whole[name] == cut[name], name
-    timeless = lambda line: {k: v for k, v in line.items() if not k.startswith("perf/") and k != "seconds"}
-    lines = [[timeless(line) for line in read_metrics(tmp_path / name)] for name in ("whole", "cut")]
-    assert lines[0] == lines[1]
+    assert read_manifest(tmp_path)["status"] == "interrupted"
+    run_on_ranks(1, PPO, run_dir=str(tmp_path), overrides=overrides)
+    assert_same_run(whole, tmp_path)
+
+
+@pytest.mark.parametrize("phase", ["generate", "judge", "update", "evaluate", "saving", "ending"])
+def test_killed_in_any_phase_it_ends_with_the_same_weights(
+    chain: Chain, run_on_ranks: Ranks, whole: Path, tmp_path: Path, phase: str
+) -> None:
+    overrides = chain.words(**RESUMED)
+    run_on_ranks(1, KILLED, run_dir=str(tmp_path), overrides=overrides, phase=phase, iteration=3)
+    assert read_manifest(tmp_path)["status"] == "running"
+    run_on_ranks(1, PPO, run_dir=str(tmp_path), overrides=overrides)
+    assert_same_run(whole, tmp_path)
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo", "reinforce++"])

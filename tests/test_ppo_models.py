@@ -122,6 +122,25 @@ def test_hydra_in_bf16(run_on_ranks: Any, tmp_path: Path) -> None:
     np.testing.assert_array_equal(before["values"], results[1][0]["values"])  # the same fresh head
 
 
+def test_a_whole_reward_model_beside_a_shared_one(run_on_ranks: Any, tmp_path: Path) -> None:
+    """A gold model that is only watched, before the adapter: it has weights of its own, and the critic is the adapter's
+    all the same."""
+    policy, gold = write_policy_run(tmp_path / "sft"), write_reward_run(tmp_path / "gold")
+    adapter = write_adapter_run(tmp_path / "rm", policy)
+    read = lambda sources, name: run_on_ranks(
+        2, f"{CASES}open_train_read", run_dir=str(tmp_path / name), steps=1,
+        config=ppo_config(policy, sources, 3, lora=LORA, sharing="hydra", critic="reward", frozen="offload"),
+    )[0]  # fmt: skip
+    watched = {"path": str(gold), "weight": 0.0, "name": "gold"}
+    alone, beside = read([{"path": str(adapter)}], "alone"), read([watched, {"path": str(adapter)}], "beside")
+    for name in ("policy", "values", "scores"):
+        for when in (0, 2):
+            np.testing.assert_array_equal(alone[when][name], beside[when][name])
+    counted = read([watched | {"weight": 1.0}, {"path": str(adapter)}], "counted")
+    expected = alone[0]["scores"] + plain_readings(policy, gold)["scores"]
+    np.testing.assert_allclose(counted[0]["scores"], expected, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("world", "stage", "home"), [(1, 2, "offload"), (2, 2, "shard"), (2, 3, "keep"), (2, 3, "offload")]
 )
@@ -367,6 +386,9 @@ def test_too_long_for_the_models(run_on_ranks: Any, tmp_path: Path) -> None:
     config = ppo_config(policy, [{"path": str(reward)}], generation={"max_new_tokens": 1020})
     told = refused(run_on_ranks, tmp_path, config)
     assert "16 + 1020 = 1036 is more than the 1024 positions" in told
+    text = {"coef": 1.0, "data": {"path": "text.txt", "max_length": 1025}}
+    told = refused(run_on_ranks, tmp_path, ppo_config(policy, [{"path": str(reward)}], ptx=text))
+    assert told.startswith("ppo.ptx.data.max_length: 1025 is more than the 1024 positions of the policy")
 
 
 # --- memory

@@ -108,13 +108,29 @@ def test_four_separate_7b_models_by_hand(tmp_path: Path) -> None:
     offloaded = plan(config_7b(base, reward, frozen="offload"))
     assert "frozen" not in {name for name, size in offloaded.rest.items() if size}
     assert offloaded.host == share(2 * PARAMS) + share(2 * critic)
+    assert offloaded.whole == found.whole == 2 * PARAMS  # each is opened whole, one after the other
+    assert "host at start" in dict(describe_memory(offloaded, config_7b(base, reward)))
     kept = plan(config_7b(base, reward, frozen="keep"))
     assert kept.rest["frozen"] == 2 * (PARAMS + critic)
+    assert kept.whole == 0
+    assert "host at start" not in dict(describe_memory(kept, config_7b(base, reward)))
     two = plan(config_7b(base, reward, stage=2))
     assert two.rest["policy"] == 2 * PARAMS
     assert two.phases["generate"]["gathered"] == 0
     assert two.phases["train"]["gradients"] == found.rest["gradients"]
     assert two.rest["frozen"] == 2 * (PARAMS + critic)
+
+
+def test_refilling_takes_half_as_many_columns_more(tmp_path: Path) -> None:
+    base = config_only(tmp_path / "llama")
+    reward = adapter_only(tmp_path / "rm", base)
+    more: dict[str, Any] = {"lora": {"enabled": True, "r": 16}, "sharing": "hydra", "critic": "policy"}
+    generation = {"max_new_tokens": 128, "batch_size": 64}
+    usual = plan(config_7b(base, reward, generation=generation, **more))
+    refilled = plan(config_7b(base, reward, generation=generation | {"refill": True}, **more))
+    columns = lambda found: found.phases["generate"]["keys and values"] // 2**19 // 64
+    assert [columns(usual), columns(refilled)] == [384, 384 + 192]
+    assert refilled.total("train") == usual.total("train")
 
 
 def test_a_table_for_people(tmp_path: Path) -> None:
@@ -139,4 +155,8 @@ def test_refuses_what_opening_would_refuse(tmp_path: Path) -> None:
         plan_run(config, TEXT, 9, 1, for_gpu=False)
     config = ppo_config(policy, [{"path": str(reward)}], generation={"max_new_tokens": 1020})
     with pytest.raises(ModelError, match="1036 is more than the 1024 positions"):
+        plan_run(config, TEXT, 9, 1, for_gpu=False)
+    text = {"coef": 1.0, "data": {"path": "text.txt", "max_length": 1025}}
+    config = ppo_config(policy, [{"path": str(reward)}], ptx=text)
+    with pytest.raises(ModelError, match="1025 is more than the 1024 positions of the policy"):
         plan_run(config, TEXT, 9, 1, for_gpu=False)

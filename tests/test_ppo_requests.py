@@ -14,6 +14,7 @@ import pytest
 from rlhf_cli.config.freeze import MAY_DIFFER, MAY_GROW
 from rlhf_cli.config.model_files import tokenizer_difference
 from rlhf_cli.config.requests import check_request
+from rlhf_cli.errors import ConfigError
 from rlhf_cli.files import digest_tree
 from rlhf_cli.schema import PpoConfig, build, known_keys
 from tests.data_tokenizers import byte_bpe
@@ -171,16 +172,30 @@ def test_a_critic_of_a_reward_model(made: Path) -> None:
     assert "merge it into its base first: rlhf merge-lora merge.adapter=lora" in one(
         made, ppo__critic="reward", reward=[{"path": "lora"}]
     )
-    mood = {"type": "classifier", "path": "mood", "label": "happy"}
+    labelled = {"path": "mood", "label": "happy"}
     assert "mood has the labels angry, happy, a critic needs one score" in one(
-        made, ppo__critic="reward", reward=[mood]
+        made, ppo__critic="reward", reward=[labelled]
     )
     assert "ppo.critic: mood has the labels" in one(made, ppo__critic="mood")
-    assert "no source in reward.sources is a reward model" in one(
-        made, ppo__critic="reward", reward=[{"type": "rouge"}]
-    )
+    mood = labelled | {"type": "classifier"}
+    for source in ({"type": "rouge"}, mood):
+        assert "no source in reward.sources is of type model" in one(made, ppo__critic="reward", reward=[source])
     assert not problems(made, ppo__critic="reward", reward=[{"type": "rouge"}, {"path": "rm"}, mood])
+    assert not problems(made, ppo__critic="reward", reward=[mood, {"path": "rm"}])
     assert "ppo.critic: no such directory: runs/nowhere" in one(made, ppo__critic="runs/nowhere")
+
+
+def test_a_critic_takes_the_first_reward_model_that_fits(made: Path) -> None:
+    lora, alien, rm = {"path": "lora"}, {"path": "alien"}, {"path": "rm"}
+    assert not problems(made, ppo__critic="reward", reward=[lora], lora__enabled=True)  # goes on with the adapter
+    assert not problems(made, ppo__critic="reward", reward=[lora, rm])
+    assert not problems(made, ppo__critic="reward", reward=[alien, rm])
+    found = problems(made, ppo__critic="reward", reward=[alien, lora])
+    assert ["another tokenizer" in found[0], "is an adapter; merge it" in found[1], len(found)] == [True, True, 2]
+    assert not problems(made, ppo__critic="reward", reward=[rm, lora], **HYDRA)
+    found = problems(made, ppo__critic="reward", reward=[rm], **HYDRA)
+    assert [message.split(":")[0] for message in found] == ["ppo.critic", "reward.sources[0].path"]
+    assert "rm is a whole model, which ppo.sharing=hydra cannot share" in found[0]
 
 
 def test_hydra_shares_one_base(made: Path, tmp_path: Path) -> None:
@@ -192,7 +207,14 @@ def test_hydra_shares_one_base(made: Path, tmp_path: Path) -> None:
     )
     assert "rlhf rm model.path=sft lora=r16" in one(made, reward=[{"path": "elsewhere"}], **HYDRA)
     two = [{"path": "lora"}, {"path": "elsewhere"}, {"type": "rouge"}]
-    assert "reward.sources: 2 of them are models" in one(made, reward=two, **HYDRA)
+    assert "reward.sources[1].path: elsewhere was trained on other/model" in one(made, reward=two, **HYDRA)
+    gold = {"path": "rm", "weight": 0, "name": "gold"}
+    assert not problems(made, reward=[{"path": "lora"}, gold], **HYDRA)
+    assert not problems(made, reward=[gold, {"path": "lora"}], **HYDRA)
+    assert not problems(made, reward=[gold, {"path": "someone/adapter"}], **HYDRA)
+    assert "reward.sources: rm and alien are whole models, ppo.sharing=hydra needs an adapter on sft" in one(
+        made, reward=[gold, {"path": "alien"}], **HYDRA
+    )
     shutil.copytree(made / "lora", tmp_path / "changed")
     byte_bpe(330).save_pretrained(tmp_path / "changed" / "model")
     assert "has another tokenizer than the policy sft" in one(
@@ -229,6 +251,70 @@ def test_arithmetic_lengths_and_data(made: Path) -> None:
     )
     assert not problems(made, data__path="plain.txt", data__prompt_tokens=30)
     assert not problems(made, data__prompt_tokens=31)  # nothing is cut
+    text: dict[str, Any] = {"ppo__ptx__data__path": "plain.txt", "ppo__ptx__coef": 1.0}
+    assert "ppo.ptx.data.max_length: 1025 is more than the 1024 positions of sft" in one(
+        made, ppo__ptx__data__max_length=1025, **text
+    )
+    assert not problems(made, ppo__ptx__data__max_length=1024, **text)
+
+
+HELD_OUT = {"data__validation_split_percentage": 10}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reader", "with_it"),
+    [
+        ("ppo.lam", 0.9, "ppo.advantage=gae", {}),
+        ("ppo.critic_lr", 1e-5, "ppo.advantage=gae", {}),
+        ("ppo.value_coef", 0.5, "ppo.advantage=gae", {}),
+        ("ppo.value_clip_range", 0.1, "ppo.advantage=gae", {}),
+        ("ppo.kl_target", 5.0, "ppo.kl_controller=adaptive", {"ppo__kl_controller": "adaptive"}),
+        ("ppo.kl_horizon", 5000, "ppo.kl_controller=adaptive", {"ppo__kl_controller": "adaptive"}),
+        ("eval.temperature", 0.5, "data.validation_split_percentage or data.eval_path", HELD_OUT),
+        ("eval.num_prompts", 8, "data.validation_split_percentage or data.eval_path", {"data__eval_path": "p.jsonl"}),
+        ("eval.tax_rows", 8, "eval.tax_path", {"eval__tax_path": "plain.txt"}),
+        ("train.eval_every", 8, "data.validation_split_percentage or data.eval_path, or eval.tax_path,", HELD_OUT),
+        ("train.eval_every", 9, "or eval.tax_path,", {"eval__tax_path": "plain.txt"}),
+        ("ppo.ptx.batch_size", 8, "ppo.ptx.coef > 0", {"ppo__ptx__coef": 1.0, "ppo__ptx__data__path": "plain.txt"}),
+        ("ppo.ptx.reduction", "row_mean", "ppo.ptx.coef > 0", {"ppo__ptx__coef": 1, "ppo__ptx__data__path": "p.jsonl"}),
+        ("ppo.ptx.data.packing", True, "ppo.ptx.coef > 0", {"ppo__ptx__coef": 1, "ppo__ptx__data__path": "p.jsonl"}),
+    ],
+)
+def test_options_that_nothing_would_read(
+    made: Path, option: str, value: Any, reader: str, with_it: dict[str, Any]
+) -> None:
+    given = {option.replace(".", "__"): value}
+    without = {"ppo__advantage": "rloo"} if "gae" in reader else {}
+    with pytest.raises(ConfigError) as told:
+        problems(made, **given, **without)
+    (problem,) = told.value.problems
+    assert problem.key == option
+    assert f"{reader} only; set that, or leave it at " in problem.message
+    assert not problems(made, **given, **with_it)
+
+
+def test_how_an_unread_option_is_told(made: Path) -> None:
+    def told(**options: Any) -> str:
+        with pytest.raises(ConfigError) as error:
+            problems(made, **options)
+        (problem,) = error.value.problems
+        return problem.message
+
+    gae = "is read with ppo.advantage=gae only; set that, or leave it at"
+    assert told(ppo__advantage="grpo", ppo__critic_lr=1e-5) == f"{gae} null"
+    assert told(ppo__advantage="grpo", ppo__lam=1) == f"{gae} 0.95"
+    assert told(ppo__ptx__data__packing=True).endswith("leave it at false")
+    assert told(ppo__ptx__reduction="row_mean").endswith("leave it at token_mean")
+    assert told(ppo__ptx__data__filters__drop_generated=True).endswith("set that, or drop it")
+    assert not problems(made, ppo__advantage="grpo", ppo__critic="policy")  # the recipes set it
+
+
+@pytest.mark.parametrize("option", ["template", "eval_path", "validation_split_percentage"])
+def test_text_beside_the_prompts_has_no_options_that_it_does_not_read(made: Path, option: str) -> None:
+    key = f"ppo.ptx.data.{option}"
+    assert key not in known_keys(PpoConfig)
+    with pytest.raises(ConfigError, match=f"{key}: is not an option"):
+        problems(made, **{key.replace(".", "__"): "p.jsonl"})
 
 
 def test_moments_rules_and_the_machine(made: Path) -> None:

@@ -136,9 +136,9 @@ def _check_critic(config: PpoConfig, weights_needed: bool) -> Iterator[Problem]:
     if not sources:
         yield Problem("ppo.critic", "reward: no source in reward.sources is of type model; use policy, or a path")
         return
-    found = [list(_check_becomes_critic(str(source.path), config)) for source in sources]
-    if all(found):  # the run takes the first one that fits
-        yield from (problem for problems in found for problem in problems)
+    unfit = [list(_check_becomes_critic(str(source.path), config)) for source in sources]
+    if all(unfit):  # else the run takes the first one that fits
+        yield from (problem for problems in unfit for problem in problems)
 
 
 def _check_becomes_critic(path: str, config: PpoConfig) -> Iterator[Problem]:

@@ -53,7 +53,8 @@ def make_stops(pieces: tuple[bytes, ...], strings: tuple[str, ...], end_tokens: 
     steps = _automaton(words)
     num_open = len(steps) - 1
     table = np.concatenate([_token_table(steps, pieces), np.full((1, len(pieces)), num_open + 1)])
-    table[:num_open, sorted(end_tokens)] = num_open + 1
+    # A generation config may name tokens that the model does not have (-1 for none).
+    table[:num_open, sorted(t for t in end_tokens if 0 <= t < len(pieces))] = num_open + 1
     return Stops(table.astype(np.int16 if num_open < 2**15 - 2 else np.int32), num_open, pieces, words)
 
 

@@ -60,7 +60,7 @@ class Frozen:
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:
-        """The module with all of its weights on the device. They must not be changed. It may be entered again inside."""
+        """The module with all of its weights on the device. They must not be changed. May be entered again inside."""
         if self.home == "keep" or self._depth:
             yield self.module
             return
