@@ -77,7 +77,7 @@ def _metrics(run_dir: Path) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    wanted = ("eval_reward", "objective/scores", "objective/kl", "eval_loss", "loss", "eval_accuracy", "eval_perplexity")
+    wanted = ("eval_reward", "objective/kl", "eval_loss", "loss", "eval_accuracy", "eval_perplexity")
     names = [n for n in wanted if any(n in r["metrics"] for r in rows)]
     width = max(len(r["run"]) for r in rows)
     lines = [" ".join([f"{'run':<{width}}", *(f"{n:>16}" for n in names), "  exit"])]

@@ -149,8 +149,8 @@ def whole(chain: Chain, run_on_ranks: Ranks, tmp_path_factory: pytest.TempPathFa
     return run_dir
 
 
-def assert_same_run(whole: Path, cut: Path) -> None:
-    for model in ("model", "last_policy", "critic"):
+def assert_same_run(whole: Path, cut: Path, models: tuple[str, ...] = ("model", "last_policy", "critic")) -> None:
+    for model in models:
         one, two = (load_file(run / model / "model.safetensors") for run in (whole, cut))
         assert all(torch.equal(one[name], two[name]) for name in one), f"{model}: bitwise"
     timeless = lambda line: {k: v for k, v in line.items() if not k.startswith("perf/") and k != "seconds"}
@@ -181,6 +181,26 @@ def test_killed_in_any_phase_it_ends_with_the_same_weights(
     assert read_manifest(tmp_path)["status"] == "running"
     run_on_ranks(1, PPO, run_dir=str(tmp_path), overrides=overrides)
     assert_same_run(whole, tmp_path)
+
+
+def test_a_source_that_fails_costs_nothing_but_its_iteration(chain: Chain, run_on_ranks: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "moody.py").write_text(
+        "from pathlib import Path\n"
+        "calls = Path(__file__).with_name('calls')\n"
+        "def moody(prompts, responses, **_):\n"
+        "    calls.write_text(calls.read_text() + '.' if calls.exists() else '.')\n"
+        "    if len(calls.read_text()) == 4:\n"  # an evaluation and two iterations are behind
+        "        raise OSError('the weather is bad')\n"
+        "    return [float(len(r)) for r in responses]\n"
+    )
+    source = f"{{type: function, path: {tmp_path / 'moody.py'}, function: moody}}"
+    overrides = chain.words(source, ppo__num_iterations=3)
+    with pytest.raises(AssertionError, match="the weather is bad"):
+        run_on_ranks(1, PPO, run_dir=str(tmp_path / "cut"), overrides=overrides)
+    assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step_00000002"]
+    run_on_ranks(1, PPO, run_dir=str(tmp_path / "cut"), overrides=overrides)
+    run_on_ranks(1, PPO, run_dir=str(tmp_path / "whole"), overrides=overrides)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", ("model", "critic"))
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo", "reinforce++"])

@@ -132,9 +132,12 @@ def _check_critic(config: PpoConfig, weights_needed: bool) -> Iterator[Problem]:
         found = list(check_model_path("ppo.critic", critic, ("policy", "reward"), weights_needed))
         yield from found or _check_fits_critic(critic, config)
         return
-    sources = [source for _, source in _reward_models(config) if source.type == "model"]
+    sources = [source for _, source in _reward_models(config) if source.type == "model" and source.weight > 0]
     if not sources:
-        yield Problem("ppo.critic", "reward: no source in reward.sources is of type model; use policy, or a path")
+        yield Problem(
+            "ppo.critic",
+            "reward: no source in reward.sources is of type model and has a positive weight; use policy, or a path",
+        )
         return
     unfit = [list(_check_becomes_critic(str(source.path), config)) for source in sources]
     if all(unfit):  # else the run takes the first one that fits

@@ -37,7 +37,7 @@ SIGNAL_WORDS = {
 
 LIKELY_REASON = {
     signal.SIGKILL: "probably out of memory: see `dmesg -T | grep -i oom`; smaller batches (train.micro_batch_size,"
-    " reward.batch_size), a smaller data.max_length or another deepspeed group need less",
+    " reward.batch_size), shorter texts or another deepspeed group need less",
     signal.SIGSEGV: "a crash in native code",
     signal.SIGBUS: "probably shared memory is full: see `df -h /dev/shm`",
     signal.SIGABRT: "native code gave up; its log says why",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.data.prompts import Prompt
-from rlhf_cli.errors import RunFailed
+from rlhf_cli.errors import RlhfError, RunFailed
 from rlhf_cli.loop import heed_stop
 from rlhf_cli.ppo.models import Models
 from rlhf_cli.reward.answers import Writer, scored_text
@@ -25,6 +25,10 @@ from rlhf_cli.schema import PpoConfig, RolloutConfig
 
 DRAWS = 8  # of a response that a rule discards again and again
 EVALUATION = 1 << 62  # samples of evaluations are numbered from here: the same noise at each of them
+
+
+class CollectingFailed(RunFailed):
+    """An iteration could not be drawn or judged; raised on all ranks, before anything has changed."""
 
 
 class Answer(NamedTuple):
@@ -95,7 +99,7 @@ class Collector:
                 for i in missing:
                     prompts[i], cursor = self.prompts[self.order(cursor)], cursor + 1
         else:
-            raise RunFailed(
+            raise CollectingFailed(
                 f"after {DRAWS} draws {len(missing)} of {size} responses still hit a rule with action: discard"
                 f" ({', '.join(f'{n} {c} times' for n, c in redrawn.items())}); the last one is"
                 f" {answers[missing[0]].text[:80]!r}. Loosen reward.rules, or use action: score"
@@ -126,18 +130,26 @@ class Collector:
         return {i: found[i] for i in keys}
 
     def judge(self, answers: Sequence[Answer]) -> Judged:
-        """What sources and rules say, the same on every rank; the ranks share the work."""
+        """What sources and rules say, the same on every rank; the ranks share the work. Raises CollectingFailed on all
+        of them when a source fails on one."""
         texts = [self._scored_text(answer) for answer in answers]
         hits = self.rules.apply([a.response.text for a in answers], [text_length(a.response) for a in answers])
         mine = range(self.run.ranks.rank, len(texts), self.run.ranks.world_size)
+        part: tuple[list[int], list[float], dict[str, list[float]]] | str
         with self.models.scoring() as rewards:
-            scores = rewards.score([texts[i] for i in mine])
-        parts = gather_objects(
-            (list(mine), scores.total.tolist(), {name: values.tolist() for name, values in scores.by_source.items()})
-        )
+            try:
+                scores = rewards.score([texts[i] for i in mine])
+                by_name = {name: values.tolist() for name, values in scores.by_source.items()}
+                part = (list(mine), scores.total.tolist(), by_name)
+            except RlhfError as error:
+                part = str(error)
+        parts = gather_objects(part)
         reward = torch.zeros(len(texts), dtype=torch.float64)
-        by_source = {name: torch.zeros_like(reward) for name in scores.by_source}
-        for rows, total, sources in parts:
+        by_source = {source.name: torch.zeros_like(reward) for source in rewards.sources}
+        for found in parts:
+            if isinstance(found, str):
+                raise CollectingFailed(found)
+            rows, total, sources = found
             reward[rows] = torch.tensor(total, dtype=torch.float64)
             for name, values in sources.items():
                 by_source[name][rows] = torch.tensor(values, dtype=torch.float64)

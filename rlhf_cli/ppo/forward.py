@@ -83,7 +83,7 @@ def _of_tokens(
 ) -> Tensor:
     """(R, T) of what `compute` gives for the targets (N,) of each micro-batch."""
     rows = np.arange(len(responses))
-    found = torch.zeros(len(responses), max(len(r) for r in responses))
+    found = torch.zeros(len(responses), max(len(r) for r in responses), dtype=torch.float32)
     for micro_batch in share_of_rank(prompts, responses, rows, micro_batch_size, ranks.rank, ranks.world_size):
         batch = collate_responses(prompts, responses, micro_batch, pad_id).to(ranks.device)
         found[batch.response_rows, batch.response_columns] = compute(batch).float().cpu()

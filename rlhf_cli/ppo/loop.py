@@ -13,7 +13,7 @@ from typing import Any, Literal
 from rlhf_cli.loop import StopAsked
 from rlhf_cli.ppo import checkpoints
 from rlhf_cli.ppo.alarms import explain, find_alarms
-from rlhf_cli.ppo.collect import Collector
+from rlhf_cli.ppo.collect import CollectingFailed, Collector
 from rlhf_cli.ppo.evaluate import Evaluation, evaluate
 from rlhf_cli.ppo.iteration import Done, iterate
 from rlhf_cli.ppo.ptx import PtxTerm
@@ -51,6 +51,10 @@ class Loop:
             except StopAsked:
                 self._save(state)
                 return "interrupted"
+            except CollectingFailed:
+                if state.iteration:  # what failed, a server for one, may come back
+                    self._save(state)
+                raise
             self._after(done, state)
             stop = any_rank(bool(run.process.watch.requested))
             if stop or (config.train.save_every and state.iteration % config.train.save_every == 0):

@@ -103,6 +103,9 @@ def _critic(config: PpoConfig, text: Text | None, policy: str) -> CriticOrigin:
         return _critic_at(config, text, wanted)
     reasons = []
     for key, source in _model_sources(config):
+        if source.weight <= 0:
+            reasons.append(f"{source.path} has weight {source.weight:g}, so its score is not what is learnt")
+            continue
         found = locate(str(source.path), f"{key}.path")
         unfit = _why_unfit(found, source, config, text)
         if unfit is not None:

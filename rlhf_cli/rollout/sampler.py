@@ -91,9 +91,9 @@ def generate(
     limits = np.array(
         [min(r.max_new_tokens, num_positions - len(p)) for r, p in zip(requests, prompts, strict=True)], np.int64
     )
-    refill = isinstance(sampling, RolloutConfig) and sampling.refill
-    needed = int((limits + [len(p) - 1 for p in prompts]).max())
     room = min(sampling.batch_size, len(requests))
+    refill = isinstance(sampling, RolloutConfig) and sampling.refill and room < len(requests)
+    needed = int((limits + [len(p) - 1 for p in prompts]).max())
     rows = Rows(
         open_decoder(base, room, needed + (needed // 2 if refill else 0)),
         make_stops(
