@@ -250,7 +250,7 @@ def test_rows_that_end_leave_the_batch() -> None:
     run(model, asked, batch_size=2, min_new_tokens=5, refill=True)
     assert sizes == [2, 2, 2, 2, 2, 2, 2]
     sizes.clear()
-    run(model, asked, batch_size=2, min_new_tokens=5)
+    run(model, asked, batch_size=2, min_new_tokens=5, refill=False)
     assert sizes == [2, 2, 2, 2, 1, 2, 1, 1, 1]
 
 
