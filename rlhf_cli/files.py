@@ -32,11 +32,15 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def directory_aside(final: Path) -> Iterator[Path]:
-    """A directory to fill; it takes the place of `final` when the body ends without an error."""
+    """A directory to fill; it takes the place of `final` when the body ends without an error, else it is removed."""
     aside = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    yield aside
+    try:
+        yield aside
+    except Exception:
+        shutil.rmtree(aside, ignore_errors=True)  # on a full disk it would stand in the way of everything else
+        raise
     for path in aside.rglob("*"):
         if path.is_file():
             sync(path)

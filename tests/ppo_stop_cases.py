@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
-from rlhf_cli.ppo import collect, iteration, loop
+from rlhf_cli.ppo import collect, iteration, loop, saving
 from rlhf_cli.runtime import checkpoint
 from rlhf_cli.runtime.distributed import Ranks
 from rlhf_cli.stages import ppo
@@ -50,6 +50,12 @@ def run_ppo_stopping(ranks: Ranks, run_dir: str, overrides: list[str], phase: st
         mock.patch.object(ppo, "open_run", opened),
     ):
         return run_ppo(ranks, run_dir, overrides)
+
+
+def run_ppo_without_room(ranks: Ranks, run_dir: str, overrides: list[str]) -> None:
+    """Nothing of the final models can be written."""
+    with mock.patch.object(saving, "save_model", side_effect=OSError("File too large")):
+        run_ppo(ranks, run_dir, overrides)
 
 
 class Killed(Exception):

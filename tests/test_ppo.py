@@ -183,6 +183,18 @@ def test_killed_in_any_phase_it_ends_with_the_same_weights(
     assert_same_run(whole, tmp_path)
 
 
+@pytest.mark.distributed
+def test_a_model_that_cannot_be_written_costs_no_training(chain: Chain, run_on_ranks: Ranks, tmp_path: Path) -> None:
+    overrides = chain.words(ppo__num_iterations=2)
+    full = "tests.ppo_stop_cases:run_ppo_without_room"
+    with pytest.raises(AssertionError, match=r"model could not be written: File too large\. A checkpoint"):
+        run_on_ranks(2, full, run_dir=str(tmp_path / "cut"), overrides=overrides)
+    assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step_00000002"]
+    run_on_ranks(2, PPO, run_dir=str(tmp_path / "cut"), overrides=overrides)
+    run_on_ranks(2, PPO, run_dir=str(tmp_path / "whole"), overrides=overrides)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", ("model", "critic"))
+
+
 def test_a_source_that_fails_costs_nothing_but_its_iteration(chain: Chain, run_on_ranks: Ranks, tmp_path: Path) -> None:
     (tmp_path / "moody.py").write_text(
         "from pathlib import Path\n"

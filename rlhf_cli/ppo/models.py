@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf_cli.assemble import Text
-from rlhf_cli.errors import ModelError
+from rlhf_cli.errors import ModelError, RunFailed
 from rlhf_cli.models.dropout import turn_off_dropout
 from rlhf_cli.models.head import enable_loss
 from rlhf_cli.models.hydra import classifier_over, move_own, twin
@@ -33,7 +33,7 @@ from rlhf_cli.ppo.saving import MODEL, Written, save_critic, save_policy
 from rlhf_cli.reward.combine import Rewards, open_rewards
 from rlhf_cli.run import Run
 from rlhf_cli.runtime import engine_state
-from rlhf_cli.runtime.distributed import barrier
+from rlhf_cli.runtime.distributed import gather_objects
 from rlhf_cli.runtime.ema import Ema
 from rlhf_cli.runtime.engine import Engine, make_engine, param_groups, sharded_loading
 from rlhf_cli.runtime.flops import flops_per_token
@@ -121,18 +121,20 @@ class Models:
         best: trained weights of the policy by name, of an earlier iteration, that are the result instead of the last
         ones ({} on other ranks than 0). Else with ppo.ema the result is the average. In both cases the last weights go
         to last_policy/.
-        Raises RunFailed when the disk has no room.
+        Raises RunFailed, on all ranks, when something cannot be written.
         """
         origins, is_adapter = self.saved_as.origins, self.config.lora.enabled
         average = self.ema.weights() if self.ema is not None and best is None else {}
         written = Written(self.saved_as.policy, self.text, origins.policy, is_adapter)
-        save_policy(self.policy, written, run_dir, best or average)
+        failures = [save_policy(self.policy, written, run_dir, best or average)]
         if self.critic is not None:
             assert origins.critic is not None
             assert self.saved_as.critic is not None
             written = Written(self.saved_as.critic, self.text, origins.critic.path, is_adapter)
-            save_critic(self.critic, written, run_dir)
-        barrier()
+            failures.append(save_critic(self.critic, written, run_dir))
+        for failure in (text for part in gather_objects(failures) for text in part):
+            if failure is not None:
+                raise RunFailed(failure)
         kind = ("adapter", "peft") if is_adapter else ("policy", "hf")
         return {"kind": kind[0], "task": "causal_lm", "path": MODEL, "format": kind[1]}
 

@@ -11,7 +11,7 @@ from rlhf_cli.assemble import Text, pretrained_text
 from rlhf_cli.data.dataset import prepare
 from rlhf_cli.data.prompts import PreparedPrompts, prepare_prompts, prompt_order
 from rlhf_cli.data.templates import Template
-from rlhf_cli.errors import CheckpointError
+from rlhf_cli.errors import CheckpointError, RunFailed
 from rlhf_cli.models.tokenizer import tokenizer_digest
 from rlhf_cli.ppo import checkpoints
 from rlhf_cli.ppo.collect import Collector
@@ -117,7 +117,11 @@ def finish(models: Models, state: PpoState, run: Run) -> dict[str, float]:
     best = None  # only rank 0 needs the weights, but every rank has to know that there are some
     if use_best:
         best = load_best(run.run_dir, state.best_step or 0) if run.ranks.is_main else {}
-    output = models.save(run.run_dir, best)
+    try:
+        output = models.save(run.run_dir, best)
+    except RunFailed as error:
+        checkpoints.save(models, state, run)
+        raise RunFailed(f"{error}. A checkpoint of the last iteration is kept: make room, and start again") from error
     figures = dict(state.best_eval if use_best else state.last_eval)
     if use_best:
         figures["best_iteration"] = float(state.best_step or 0)
