@@ -33,7 +33,7 @@ from rlhf_cli.runtime.distributed import barrier, local_first
 from rlhf_cli.runtime.engine import Engine, gathered_state_dict, make_engine, param_groups, sharded_loading
 from rlhf_cli.runtime.engine_state import hold_state, restore_state
 from rlhf_cli.runtime.manifest import model_dir
-from rlhf_cli.schema import LoadedModelConfig, PpoConfig, TrainedConfig
+from rlhf_cli.schema import LoadedModelConfig, TrainedConfig
 from rlhf_cli.schema.data import TemplateName
 
 WEIGHTS = "weights"  # a checkpoint's directory of whole weights
@@ -78,17 +78,12 @@ class Text(NamedTuple):
 # --- tokenizer and data
 
 
-def load_text(
-    config: TrainedConfig | PpoConfig, run_dir: Path, run: Run | None, reading: Reading[Any] | None = None
-) -> Text:
+def load_text(config: TrainedConfig, run_dir: Path, run: Run | None, reading: Reading[Any]) -> Text:
     """The tokenizer, trained (on what `reading` reads) or loaded, and the template. A trained one is kept in the run
     directory."""
-    if isinstance(config, PpoConfig):
-        return pretrained_text(config.model, config.data.template)
     settings = config.model.tokenizer
     if settings.train == "none":
         return pretrained_text(config.model, config.data.template, settings.path, settings.extra_tokens)
-    assert reading is not None
     tokenizer = _trained_tokenizer(config, run_dir / "tokenizer", run, reading)
     ensure_pad(tokenizer)
     new_tokens = add_extra_tokens(tokenizer, settings.extra_tokens)

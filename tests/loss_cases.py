@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_cli.models.head import IGNORE, enable_loss
 from rlhf_cli.models.load import enable_gradient_checkpointing, load_policy
@@ -16,6 +17,21 @@ from rlhf_cli.schema import DeepspeedConfig, LoraConfig, ModelConfig, OptimConfi
 from tests.tiny_models import tiny_model
 
 FP32 = torch.float32
+
+
+class LogitsWatch(TorchDispatchMode):
+    """Notes the most rows of logits that any operation inside makes. vocab, width: of the model; the head's weight has
+    as many columns as the model is wide, and is none of them."""
+
+    def __init__(self, vocab: int, width: int) -> None:
+        super().__init__()
+        self.vocab, self.width, self.largest = vocab, width, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.shape[-1:] == (self.vocab,) and out.shape[0] != self.width:
+            self.largest = max(self.largest, out.numel() // self.vocab)
+        return out
 
 
 def stage_config(stage: int) -> DeepspeedConfig:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_cli.assemble import load_text
+from rlhf_cli.assemble import pretrained_text
 from rlhf_cli.files import digest_tree
 from rlhf_cli.models.lora import add_lora, save_adapter
 from rlhf_cli.models.reward import load_reward_model, new_reward_model
@@ -101,7 +101,7 @@ def opened(ranks: Ranks, run_dir: str, config: PpoConfig, checkpoint: Path | Non
         ranks.rank, ranks.local_rank, ranks.world_size, io.StringIO(), StopWatch(Path(run_dir), ranks.rank)
     )
     run = open_run(config, Path(run_dir), process, ranks)
-    text = load_text(config, Path(run_dir), run)
+    text = pretrained_text(config.model, config.data.template)
     return open_models(config, text, run, checkpoint), run
 
 

@@ -10,6 +10,7 @@ from rlhf_cli.runtime import checkpoint
 from rlhf_cli.runtime.distributed import Ranks
 from rlhf_cli.stages import ppo
 from tests.stage_cases import run_ppo
+from tests.stop_cases import Killed, watch_of
 
 PLACES = {
     "generate": (collect, "generate"),
@@ -23,7 +24,7 @@ PLACES = {
 def run_ppo_stopping(ranks: Ranks, run_dir: str, overrides: list[str], phase: str, iteration: int) -> dict[str, float]:
     """Ask for a stop when this phase begins in iteration `iteration` (0 is the first), or its evaluation does."""
     owner, name = PLACES[phase]
-    original, watch, done = getattr(owner, name), None, -1
+    original, done = getattr(owner, name), -1
     draw = collect.Collector.draw
 
     def drawing(self: Any, number: int, cursor: int) -> Any:
@@ -33,21 +34,13 @@ def run_ppo_stopping(ranks: Ranks, run_dir: str, overrides: list[str], phase: st
 
     def stopping(*args: Any, **kwargs: Any) -> Any:
         if done == iteration or (phase == "evaluate" and done == iteration - 1):
-            watch._requested = 15
+            ask()
         return original(*args, **kwargs)
 
-    open_run = ppo.open_run
-
-    def opened(*args: Any) -> Any:
-        nonlocal watch
-        run = open_run(*args)
-        watch = run.process.watch
-        return run
-
     with (
+        watch_of(ppo) as ask,
         mock.patch.object(collect.Collector, "draw", drawing),
         mock.patch.object(owner, name, stopping),
-        mock.patch.object(ppo, "open_run", opened),
     ):
         return run_ppo(ranks, run_dir, overrides)
 
@@ -56,10 +49,6 @@ def run_ppo_without_room(ranks: Ranks, run_dir: str, overrides: list[str]) -> No
     """Nothing of the final models can be written."""
     with mock.patch.object(saving, "save_model", side_effect=OSError("File too large")):
         run_ppo(ranks, run_dir, overrides)
-
-
-class Killed(Exception):
-    """Stands for SIGKILL: nothing of the run's own comes after it."""
 
 
 KILLS = PLACES | {"saving": (checkpoint, "_publish"), "ending": (ppo, "close_run")}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -9,6 +13,24 @@ from rlhf_cli import training
 from rlhf_cli.runtime.distributed import Ranks
 from rlhf_cli.stages import sft
 from tests.stage_cases import run_sft
+
+
+@contextmanager
+def watch_of(stage: ModuleType) -> Iterator[Callable[[], None]]:
+    """A call that asks the run which this stage opens inside to stop."""
+    watches: list[Any] = []
+    open_run = stage.open_run
+
+    def opened(*args: Any) -> Any:
+        run = open_run(*args)
+        watches.append(run.process.watch)
+        return run
+
+    def ask() -> None:
+        watches[-1]._requested = signal.SIGTERM
+
+    with mock.patch.object(stage, "open_run", opened):
+        yield ask
 
 
 class Killed(Exception):
@@ -23,27 +45,18 @@ def run_sft_stopping(
 
     def step_data(self: Any, number: int) -> Any:
         if number == step - 1 and not evaluating:
-            watch._requested = 15
+            ask()
         return forward(self, number)
 
     def evaluated(self: Any, engine: Any, number: int) -> Any:
         if number == step and evaluating:
-            watch._requested = 15
+            ask()
         return evaluate(self, engine, number)
 
-    watch: Any = None
-    open_run = sft.open_run
-
-    def opened(*args: Any) -> Any:
-        nonlocal watch
-        run = open_run(*args)
-        watch = run.process.watch
-        return run
-
     with (
+        watch_of(sft) as ask,
         mock.patch.object(sft.LanguageModelObjective, "step_data", step_data),
         mock.patch.object(sft.LanguageModelObjective, "evaluate", evaluated),
-        mock.patch.object(sft, "open_run", opened),
     ):
         return run_sft(ranks, run_dir, overrides)
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rlhf_cli.models.head import IGNORE, enable_loss
 from rlhf_cli.models.load import enable_gradient_checkpointing
 from rlhf_cli.ops.logprobs import LogitTransform, linear_logprobs
 from tests.logprob_cases import coefficients, naive_logprobs
+from tests.loss_cases import LogitsWatch
 from tests.test_logprobs import TRANSFORMS, gradients, leaves, plain_logits
 from tests.test_loss_head import OTHERS, adapted, batch, grads, lora
 from tests.tiny_models import ARCHS, noisy, tiny_model
@@ -198,20 +198,10 @@ def test_makes_no_logits_for_all_positions(monkeypatch: pytest.MonkeyPatch) -> N
     model = tiny_model()
     enable_loss(model)
     ids, targets = batch(model)
-    vocab, width, largest = model.config.vocab_size, model.config.hidden_size, 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor) and out.shape[-1:] == (vocab,) and out.shape[0] != width:  # not the weight
-                largest = max(largest, out.numel() // vocab)
-            return out
-
     monkeypatch.setattr("rlhf_cli.ops.logprobs.chunk_rows", lambda *_: 3)
-    with Watch():
+    with LogitsWatch(model.config.vocab_size, model.config.hidden_size) as watch:
         model(input_ids=ids, targets=targets, logprobs=True).logprobs.sum().backward()
-    assert largest == 3
+    assert watch.largest == 3
 
 
 def test_a_deep_copy_answers_from_its_own_weights() -> None:

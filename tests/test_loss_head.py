@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -28,6 +27,7 @@ from rlhf_cli.models.load import enable_gradient_checkpointing
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.ops.logprobs import IDENTITY, LogitTransform
 from rlhf_cli.schema import LoraConfig
+from tests.loss_cases import LogitsWatch
 from tests.tiny_models import ARCHS, noisy, tiny_model
 
 V = 50
@@ -259,17 +259,7 @@ def test_loss_makes_no_logits_for_all_positions(monkeypatch: pytest.MonkeyPatch)
     model = tiny_model()
     enable_loss(model)
     ids, targets = batch(model)
-    vocab, width, largest = model.config.vocab_size, model.config.hidden_size, 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor) and out.shape[-1:] == (vocab,) and out.shape[0] != width:  # not the weight
-                largest = max(largest, out.numel() // vocab)
-            return out
-
     monkeypatch.setattr("rlhf_cli.ops.logprobs.chunk_rows", lambda *_: 3)
-    with Watch():
+    with LogitsWatch(model.config.vocab_size, model.config.hidden_size) as watch:
         model(input_ids=ids, targets=targets).loss_sum.backward()
-    assert largest == 3
+    assert watch.largest == 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from rlhf_cli.errors import Problem
 from rlhf_cli.schema.fields import opt, section
@@ -46,23 +46,13 @@ class SourceConfig:
 
 
 @dataclass
-class TrainingSourceConfig(SourceConfig):
-    """What is read to train on and to evaluate on."""
+class TokenSourceConfig(SourceConfig):
+    """What is read and becomes sequences of tokens."""
 
-    template: TemplateName = opt(
-        "auto", "how a dialogue becomes text; auto = the template of the model's run, else the tokenizer's, else none"
-    )
     weights: list[float] | None = opt(
         None, "one per path: how often its rows are seen in an epoch (0.5 = half of them, 2 = twice)", gt=0
     )
     max_length: int = opt(512, "longest sequence in tokens", ge=2)
-    validation_split_percentage: float = opt(
-        0.0,
-        "the last percent of the rows are for evaluation only; rm: of labelled rows that share of each label",
-        ge=0,
-        lt=100,
-    )
-    eval_path: str | list[str] | None = opt(None, "data for evaluation instead of a split")
     deduplicate: bool = opt(False, "drop exact repeats of a row")
     cache_dir: str | None = opt(None, "where tokenised data is kept; null = $RLHF_CACHE or ~/.cache/rlhf")
 
@@ -72,13 +62,32 @@ class TrainingSourceConfig(SourceConfig):
             paths = [self.path] if isinstance(self.path, str) else self.path or []
             if len(self.weights) != len(paths):
                 yield Problem("weights", f"has {len(self.weights)} entries, data.path has {len(paths)}; give one each")
+
+
+@dataclass
+class TrainingSourceConfig(TokenSourceConfig):
+    """What is read to train on and to evaluate on."""
+
+    template: TemplateName = opt(
+        "auto", "how a dialogue becomes text; auto = the template of the model's run, else the tokenizer's, else none"
+    )
+    validation_split_percentage: float = opt(
+        0.0,
+        "the last percent of the rows are for evaluation only; rm: of labelled rows that share of each label",
+        ge=0,
+        lt=100,
+    )
+    eval_path: str | list[str] | None = opt(None, "data for evaluation instead of a split")
+
+    def check(self) -> Iterator[Problem]:
+        yield from super().check()
         if self.eval_path and self.validation_split_percentage:
             yield Problem("eval_path", "contradicts data.validation_split_percentage; drop one of the two")
 
 
 @dataclass
-class DataConfig(TrainingSourceConfig):
-    """What is read and how it becomes tokens."""
+class TextDataConfig(TokenSourceConfig):
+    """Text and dialogues for a language-model loss."""
 
     row_format: str | None = opt(
         None, "text made of a row's columns, e.g. '{prompt}{label}'; the row is then text_only"
@@ -96,6 +105,11 @@ class DataConfig(TrainingSourceConfig):
         yield from super().check()
         if self.row_format and self.format not in ("auto", "text_only"):
             yield Problem("row_format", f"makes text_only rows, but data.format is {self.format}")
+
+
+@dataclass
+class DataConfig(TextDataConfig, TrainingSourceConfig):
+    """What is read and how it becomes tokens."""
 
 
 @dataclass
@@ -138,14 +152,9 @@ class PromptDataConfig(SourceConfig):
 
 
 @dataclass
-class PtxDataConfig(DataConfig):
-    """Pretraining text beside the prompts; needed only when its loss has a weight."""
-
-    # No options here: dialogues go through the policy's template (data.template), and all rows are trained on. As
-    # ClassVar the names stay readable for what prepares data, and are no longer fields.
-    template: ClassVar[TemplateName] = "auto"  # type: ignore[misc]
-    validation_split_percentage: ClassVar[float] = 0.0  # type: ignore[misc]
-    eval_path: ClassVar[None] = None  # type: ignore[misc]
+class PtxDataConfig(TextDataConfig):
+    """Pretraining text beside the prompts; needed only when its loss has a weight. Dialogues go through the policy's
+    template, and nothing is held out."""
 
     def check(self) -> Iterator[Problem]:
         if self.path:

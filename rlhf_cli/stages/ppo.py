@@ -29,7 +29,7 @@ from rlhf_cli.runtime.flops import measured_peak_flops
 from rlhf_cli.runtime.metrics import MetricsLog, read_metrics
 from rlhf_cli.runtime.plots import plot_policy
 from rlhf_cli.runtime.process import RankProcess
-from rlhf_cli.schema import PpoConfig, to_dict
+from rlhf_cli.schema import DataConfig, PpoConfig, to_dict
 
 SHOWN = (
     "objective/scores", "objective/kl", "objective/rlhf_reward", "policy/entropy_avg", "text/length", "text/distinct_2",
@@ -96,7 +96,8 @@ def open_ptx(config: PpoConfig, text: Text, run: Run) -> tuple[PtxTerm | None, s
         return None, ""
     with local_first(run.ranks):  # the others find its tokens in the cache
         report = run.say if run.ranks.is_main else print
-        prepared = prepare(settings.data, text.tokenizer, tokenizer_digest(text.tokenizer), text.template, report)
+        data = DataConfig(**vars(settings.data))
+        prepared = prepare(data, text.tokenizer, tokenizer_digest(text.tokenizer), text.template, report)
     flatten = settings.data.packing and config.model.attn_implementation.startswith("flash")
     return PtxTerm(prepared.train, settings, config.train.seed, flatten), prepared.digest
 
