@@ -10,7 +10,17 @@ from rlhf_cli import job
 from rlhf_cli.config.compose import compose_stage
 from rlhf_cli.errors import ConfigError, Problem, RunFailed
 from rlhf_cli.rundir import read_manifest
-from rlhf_cli.schema import STAGES, MergeLoraConfig, PpoConfig, RmConfig, ScoreConfig, SftConfig, build, to_dict
+from rlhf_cli.schema import (
+    STAGES,
+    MergeLoraConfig,
+    PpoConfig,
+    RaftConfig,
+    RmConfig,
+    ScoreConfig,
+    SftConfig,
+    build,
+    to_dict,
+)
 
 
 def compose(stage: str, overrides: list[str]) -> Any:
@@ -47,6 +57,11 @@ def merge_lora(config: MergeLoraConfig) -> Path:
 def ppo(config: PpoConfig) -> Path:
     """PPO against reward sources. Returns the run directory, whose model is the policy."""
     return _run("ppo", config)
+
+
+def raft(config: RaftConfig) -> Path:
+    """Reward-ranked fine-tuning. Returns the run directory, whose model is the policy."""
+    return _run("raft", config)
 
 
 def score(config: ScoreConfig) -> Path:

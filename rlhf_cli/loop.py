@@ -16,14 +16,12 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 import torch
 
 from rlhf_cli.errors import RunFailed
-from rlhf_cli.ops.schedule import learning_rate
 from rlhf_cli.runtime.distributed import Ranks, any_rank, sum_over_ranks
 from rlhf_cli.runtime.engine import Engine
-from rlhf_cli.runtime.metrics import MetricsLog
 from rlhf_cli.runtime.peak_memory import peak_memory_gb
 from rlhf_cli.runtime.progress import Display
 from rlhf_cli.runtime.stop import StopWatch
-from rlhf_cli.schema import OptimConfig, TrainConfig
+from rlhf_cli.schema import TrainConfig
 
 BatchT = TypeVar("BatchT")
 
@@ -130,22 +128,29 @@ class Hooks:
     save_best: Callable[[Engine, int], None]
 
 
+class LineSink(Protocol):
+    """Takes the lines of logged steps; runtime.metrics.MetricsLog is one."""
+
+    def write(self, line: dict[str, Any]) -> None:
+        """line: `step` and its figures."""
+
+
 @dataclass
 class Trackers:
     """log and display: None on other ranks than 0. flops_per_token and peak_flops: for perf/mfu."""
 
-    log: MetricsLog | None
+    log: LineSink | None
     display: Display | None
     flops_per_token: float
     peak_flops: float
 
 
 class Work(NamedTuple):
-    """What is to be trained, and how."""
+    """What is to be trained, and how. rate: step (0 is the first) -> its learning rate."""
 
     objective: Objective[Any]
     train: TrainConfig
-    optim: OptimConfig
+    rate: Callable[[int], float]
 
 
 Ending = Literal["finished", "early_stopped", "interrupted"]
@@ -215,7 +220,7 @@ def _one_step(
         engine.backward(micro.loss_sum / data.normaliser)
         for name, value in [("loss", micro.loss_sum), *micro.sums.items()]:
             sums[name] = sums.get(name, torch.zeros((), device=ranks.device)) + value.detach().float()
-    lr = learning_rate(work.optim, state.step, objective.total_steps)
+    lr = work.rate(state.step)
     grad_norm = engine.step(lr)
     names = sorted(sums)
     # One collective for all figures, and for whether any rank was told to stop.

@@ -44,6 +44,11 @@ class Run:
         if self.display is not None:
             self.display.say(text)
 
+    def phase(self, text: str) -> None:
+        """What goes on inside a long step, from rank 0."""
+        if self.display is not None:
+            self.display.phase(text)
+
     def update_manifest(self, **changes: Any) -> None:
         """Change manifest.json, from rank 0."""
         if self.ranks.is_main:

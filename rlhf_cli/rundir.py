@@ -76,3 +76,8 @@ def update_manifest(run_dir: Path, **changes: Any) -> dict[str, Any]:
 def utc_now() -> str:
     """UTC time, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def has_iterations(run_dir: Path) -> bool:
+    """Whether responses of a RAFT iteration are there, from which the run goes on even without a checkpoint."""
+    return any(path.stat().st_size for path in (run_dir / "samples").glob("*iteration_*/*.jsonl"))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig
 
 from rlhf_cli.assemble import (
@@ -38,6 +37,7 @@ from rlhf_cli.models.load import resolve_dtype
 from rlhf_cli.models.lora import plain_model
 from rlhf_cli.models.tokenizer import tokenizer_digest
 from rlhf_cli.models.trainable import multiplied_parameters
+from rlhf_cli.ops.schedule import learning_rate
 from rlhf_cli.run import Checkpoints, Run, close_run, load_best, prune_best, save_best
 from rlhf_cli.runtime.engine import Engine, gathered_state_dict
 from rlhf_cli.runtime.flops import flops_per_token, measured_peak_flops
@@ -67,17 +67,20 @@ def train_to_end(
     engine, state = make_or_resume(config, model, dtype, checkpoints, run, found, data_digest)
 
     objective = make_objective(plain_model(engine.module).config)
-    trackers = open_trackers(config, engine.module, dtype, run, state.step)
+    log = open_log(config, run, state.step)
+    peak = measured_peak_flops(run.ranks.device, dtype)
+    trackers = Trackers(log, run.display, flops_per_token(*multiplied_parameters(engine.module)), peak)
     hooks = Hooks(
         partial(redraw_lisa, config=config, dtype=dtype, run=run),
         checkpoints.save,
         lambda engine, step: save_best(run, engine, step, only_trainable=config.model.trainable.mode != "lisa"),
     )
     run.process.watch.loop_started()
-    work = Work(objective, config.train, config.optim)
+    rate = lambda step: learning_rate(config.optim, step, objective.total_steps)
+    work = Work(objective, config.train, rate)
     engine, ending = train(engine, work, state, run.ranks, run.process.watch, trackers, hooks)
-    if trackers.log is not None:
-        trackers.log.close()
+    if log is not None:
+        log.close()
     if ending == "interrupted":
         run.say(f"interrupted after step {state.step}; the same command goes on from there")
         close_run(run, status="interrupted")
@@ -102,13 +105,11 @@ def dry_run(
     Display(sys.stdout, "none", config.stage).table(title, planned.rows)
 
 
-def open_trackers(config: TrainedConfig, model: nn.Module, dtype: torch.dtype, run: Run, step: int) -> Trackers:
-    """Where figures go: files and the terminal on rank 0."""
-    peak = measured_peak_flops(run.ranks.device, dtype)
-    log = (
-        MetricsLog(run.run_dir, config.logging, step, run.run_dir.name, to_dict(config)) if run.ranks.is_main else None
-    )
-    return Trackers(log, run.display, flops_per_token(*multiplied_parameters(model)), peak)
+def open_log(config: TrainedConfig, run: Run, step: int) -> MetricsLog | None:
+    """metrics.jsonl and trackers, from rank 0."""
+    if not run.ranks.is_main:
+        return None
+    return MetricsLog(run.run_dir, config.logging, step, run.run_dir.name, to_dict(config))
 
 
 def finish(

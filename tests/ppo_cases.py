@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rlhf_cli.align.forward import response_logprobs, response_values
 from rlhf_cli.data.token_rows import TokenRows
 from rlhf_cli.models.head import enable_loss
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.reward import enable_scores, new_reward_model
-from rlhf_cli.ppo.batch import Experience
-from rlhf_cli.ppo.forward import response_logprobs, response_values
+from rlhf_cli.ppo.experience import Experience
 from rlhf_cli.ppo.ptx import PtxTerm
 from rlhf_cli.ppo.update import update
 from rlhf_cli.runtime.distributed import Ranks

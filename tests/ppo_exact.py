@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
+from rlhf_cli.align.forward import response_logprobs, response_values
 from rlhf_cli.models.head import enable_loss
 from rlhf_cli.models.reward import enable_scores
 from rlhf_cli.ops.advantages import estimate, token_rewards
-from rlhf_cli.ppo.batch import Experience
-from rlhf_cli.ppo.forward import response_logprobs, response_values
+from rlhf_cli.ppo.experience import Experience
 from rlhf_cli.ppo.update import update
 from rlhf_cli.runtime.distributed import Ranks
 from rlhf_cli.runtime.engine import Engine, make_engine, param_groups

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rlhf_cli.align.batch import collate_responses, share_of_rank
+from rlhf_cli.align.forward import response_logprobs, response_values, token_values
 from rlhf_cli.errors import RlhfError
-from rlhf_cli.ppo.batch import collate_responses, share_of_rank
-from rlhf_cli.ppo.forward import response_logprobs, response_values, token_values
 from rlhf_cli.ppo.models import Models
 from rlhf_cli.reward.source import ScoredText
 from rlhf_cli.runtime import checkpoint

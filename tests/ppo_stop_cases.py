@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
-from rlhf_cli.ppo import collect, iteration, loop, saving
+from rlhf_cli.align import collect, loop, saving
+from rlhf_cli.ppo import iteration as ppo_iteration
 from rlhf_cli.runtime import checkpoint
 from rlhf_cli.runtime.distributed import Ranks
 from rlhf_cli.stages import ppo
@@ -15,8 +16,8 @@ from tests.stop_cases import Killed, watch_of
 PLACES = {
     "generate": (collect, "generate"),
     "judge": (collect.Collector, "judge"),
-    "measure": (iteration, "response_logprobs"),
-    "update": (iteration, "update"),
+    "measure": (ppo_iteration, "response_logprobs"),
+    "update": (ppo_iteration, "update"),
     "evaluate": (loop, "evaluate"),
 }
 
@@ -25,12 +26,12 @@ def run_ppo_stopping(ranks: Ranks, run_dir: str, overrides: list[str], phase: st
     """Ask for a stop when this phase begins in iteration `iteration` (0 is the first), or its evaluation does."""
     owner, name = PLACES[phase]
     original, done = getattr(owner, name), -1
-    draw = collect.Collector.draw
+    draw = ppo_iteration.draw
 
-    def drawing(self: Any, number: int, cursor: int) -> Any:
+    def drawing(collector: Any, config: Any, number: int, cursor: int) -> Any:
         nonlocal done
         done = number
-        return draw(self, number, cursor)
+        return draw(collector, config, number, cursor)
 
     def stopping(*args: Any, **kwargs: Any) -> Any:
         if done == iteration or (phase == "evaluate" and done == iteration - 1):
@@ -39,7 +40,7 @@ def run_ppo_stopping(ranks: Ranks, run_dir: str, overrides: list[str], phase: st
 
     with (
         watch_of(ppo) as ask,
-        mock.patch.object(collect.Collector, "draw", drawing),
+        mock.patch.object(ppo_iteration, "draw", drawing),
         mock.patch.object(owner, name, stopping),
     ):
         return run_ppo(ranks, run_dir, overrides)
@@ -58,12 +59,12 @@ def run_ppo_killed(ranks: Ranks, run_dir: str, overrides: list[str], phase: str,
     """End in this phase of iteration `iteration` or later; updating: when the weights have changed, saving: when a
     checkpoint is written and has not got its name yet, ending: when all is done but for the manifest's last word."""
     owner, name = KILLS[phase]
-    original, draw, done = getattr(owner, name), collect.Collector.draw, -1
+    original, draw, done = getattr(owner, name), ppo_iteration.draw, -1
 
-    def drawing(self: Any, number: int, cursor: int) -> Any:
+    def drawing(collector: Any, config: Any, number: int, cursor: int) -> Any:
         nonlocal done
         done = number
-        return draw(self, number, cursor)
+        return draw(collector, config, number, cursor)
 
     def killing(*args: Any, **kwargs: Any) -> Any:
         if done < iteration:
@@ -72,7 +73,7 @@ def run_ppo_killed(ranks: Ranks, run_dir: str, overrides: list[str], phase: str,
             original(*args, **kwargs)
         raise Killed
 
-    with mock.patch.object(collect.Collector, "draw", drawing), mock.patch.object(owner, name, killing):
+    with mock.patch.object(ppo_iteration, "draw", drawing), mock.patch.object(owner, name, killing):
         try:
             run_ppo(ranks, run_dir, overrides)
         except Killed:

@@ -59,11 +59,17 @@ def test_bounds_by_hand(scripts: Any) -> None:
 
 
 def test_table_shows_medians_and_ratios(scripts: Any) -> None:
-    speeds = {"ours": scripts.script.Speed([300, 100, 400], [90]), "generate": scripts.script.Speed([200], [30])}
+    """The second run met a busy machine: 300/200, 100/100, 400/200."""
+    speeds = {
+        "ours": scripts.script.Speed([300, 100, 400], [90]),
+        "generate": scripts.script.Speed([200, 100, 200], [30]),
+    }
     bounds = scripts.script.Bounds(1000, 2000)
     lines = scripts.script.table(speeds, bounds, bounds).splitlines()
-    assert lines[2] == "| ours | 300 | 100% | 1.50 | 90 | 0% | 3.00 |"
-    assert lines[3] == "| generate | 200 | 0% | 1.00 | 30 | 0% | 1.00 |"
+    assert lines[2] == "| ours | 300 | 100% | 1.50 (1.00 to 2.00) | 90 | 0% | 3.00 (3.00 to 3.00) |"
+    assert lines[3] == "| generate | 200 | 50% | 1.00 (1.00 to 1.00) | 30 | 0% | 1.00 (1.00 to 1.00) |"
+    alone = scripts.script.table({"ours": speeds["ours"]}, bounds, bounds).splitlines()
+    assert alone[2] == "| ours | 300 | 100% |  | 90 | 0% |  |"
     assert lines[5].startswith("| bound by bandwidth | 2,000 |")
     assert len({line.count("|") for line in lines}) == 1
 

@@ -43,9 +43,11 @@ ALLOWED = {
     "assemble": TRAINING,
     "training": TRAINING | {"assemble", "estimate"},
     "lm_objective": TRAINING | {"assemble", "lm_loss", "rollout"},
-    "ppo": TRAINING | {"assemble", "estimate", "lm_loss", "rollout", "reward"},
+    "align": TRAINING | {"assemble", "estimate", "lm_loss", "rollout", "reward"},
+    "ppo": TRAINING | {"assemble", "estimate", "rollout", "reward", "align"},
+    "raft": TRAINING | {"assemble", "estimate", "rollout", "reward", "align"},
     "comparison_objective": TRAINING | {"assemble", "judgement"},
-    "stages": TRAINING | {"assemble", "training", "lm_objective", "comparison_objective", "reward", "ppo"},
+    "stages": TRAINING | {"assemble", "training", "lm_objective", "comparison_objective", "reward", "align", "ppo", "raft"},
     "worker": BOTH | {"stages", "runtime"},
 }
 FRONT = BOTH | {"config", "launch", "job", "sweep", "help", "cli", "api", "__main__", "__init__"}

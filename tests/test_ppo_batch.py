@@ -12,9 +12,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rlhf_cli.align.batch import collate_responses, share_of_rank
+from rlhf_cli.align.forward import token_values
 from rlhf_cli.data.collate import IGNORED
-from rlhf_cli.ppo.batch import collate_responses, share_of_rank
-from rlhf_cli.ppo.forward import token_values
 from tests.ppo_cases import PAD, make_critic, make_policy, ragged, whole_mask
 from tests.tiny_models import ARCHS
 

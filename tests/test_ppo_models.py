@@ -19,7 +19,7 @@ from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.lora import add_lora, load_adapter
 from rlhf_cli.models.reward import enable_scores, load_reward_model
 from rlhf_cli.models.scratch import make_config, new_model
-from rlhf_cli.ppo.origins import find_origins
+from rlhf_cli.ppo.critic_origin import find_critic
 from rlhf_cli.ppo.plan import plan_run
 from rlhf_cli.schema import ArchConfig, LoadedModelConfig, PpoConfig
 from tests.ppo_model_cases import train_plain
@@ -362,7 +362,7 @@ def test_which_critic(run_on_ranks: Any, tmp_path: Path) -> None:
     write_run(encoder)
     plain = {"path": str(encoder / "model")}
     text = pretrained_text(LoadedModelConfig(path=str(policy)), "none")
-    critic = lambda *sources, **more: find_origins(ppo_config(policy, [*sources], **more), text).critic
+    critic = lambda *sources, **more: find_critic(ppo_config(policy, [*sources], **more), text, str(policy / "model"))
     assert critic({"path": str(reward)})[0] == str(reward / "model")
     assert critic({"path": str(adapter)})[0] == str(policy / "model")  # an adapter does not make a full critic
     assert "is an adapter; merge it first" in critic({"path": str(adapter)}).about

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from rlhf_cli.align.plan import Plan, describe_memory
 from rlhf_cli.assemble import Text
 from rlhf_cli.data.templates import TEMPLATES
 from rlhf_cli.errors import ModelError
-from rlhf_cli.ppo.plan import Plan, describe_memory, describe_rhythm, plan_run
+from rlhf_cli.ppo.plan import describe_rhythm, plan_run
 from rlhf_cli.schema import PpoConfig
 from tests.ppo_models import ppo_config, write_policy_run, write_reward_run
 from tests.tiny_models import tiny_tokenizer

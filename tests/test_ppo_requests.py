@@ -194,8 +194,8 @@ def test_a_critic_takes_the_first_reward_model_that_fits(made: Path) -> None:
     assert ["another tokenizer" in found[0], "is an adapter; merge it" in found[1], len(found)] == [True, True, 2]
     assert not problems(made, ppo__critic="reward", reward=[rm, lora], **HYDRA)
     found = problems(made, ppo__critic="reward", reward=[rm], **HYDRA)
-    assert [message.split(":")[0] for message in found] == ["ppo.critic", "reward.sources[0].path"]
-    assert "rm is a whole model, which ppo.sharing=hydra cannot share" in found[0]
+    assert [message.split(":")[0] for message in found] == ["reward.sources[0].path", "ppo.critic"]
+    assert "rm is a whole model, which ppo.sharing=hydra cannot share" in found[1]
 
 
 def test_hydra_shares_one_base(made: Path, tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_arithmetic_lengths_and_data(made: Path) -> None:
         ppo__ptx__coef=1.0, ppo__ptx__data__path="t.txt",
     )  # fmt: skip
     assert [message.split(":")[0] for message in found] == [
-        "data.path", "data.eval_path", "ppo.ptx.data.path", "eval.tax_path"
+        "data.path", "data.eval_path", "eval.tax_path", "ppo.ptx.data.path"
     ]  # fmt: skip
     assert "30 + 1100 = 1130 is more than the 1024 positions of sft" in one(made, generation__max_new_tokens=1100)
     assert "data.prompt_tokens: 31 is more than data.max_prompt_length = 30" in one(

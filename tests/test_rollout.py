@@ -270,12 +270,13 @@ def test_the_longest_begin_first_and_equal_prompts_together() -> None:
     assert starting_order([a, b, c, a, b], np.array([4, 4, 9, 9, 4])) == [2, 3, 0, 1, 4]
 
 
-def test_progress_and_stopping() -> None:
+def test_responses_are_told_as_they_end_and_stopping() -> None:
     model, asked = tiny_model("llama"), requests(20)
-    counted: list[int] = []
-    generate(model, TOKENIZER, asked, settings(), (), SEED, progress=counted.append)
-    assert sum(counted) == 20
-    assert len(counted) > 3
+    told: list[tuple[int, Response]] = []
+    made = generate(model, TOKENIZER, asked, settings(), (), SEED, ended=lambda *pair: told.append(pair))
+    assert sorted(number for number, _ in told) == list(range(20))
+    assert [number for number, _ in told] != list(range(20)), "as they end, not as they were asked for"
+    assert all(response.text == made[number].text for number, response in told)
     polls: list[int] = []
     with pytest.raises(Stopped):
         generate(

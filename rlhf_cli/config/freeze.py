@@ -13,16 +13,16 @@ import yaml
 
 from rlhf_cli.errors import ConfigError, Problem
 from rlhf_cli.files import write_text
-from rlhf_cli.rundir import read_manifest
+from rlhf_cli.rundir import has_iterations, read_manifest
 from rlhf_cli.schema import flatten
 
 # What may differ between the first start and the next, because it does not change the result (DESIGN section 3).
 MAY_DIFFER = (
     "run_dir", "resume", "launch.", "logging.", "deepspeed.", "train.micro_batch_size", "train.save_every",
     "train.keep_checkpoints", "data.cache_dir", "generation.batch_size", "generation.refill", "ppo.frozen",
-    "ppo.ptx.data.cache_dir",
+    "raft.frozen", "ppo.ptx.data.cache_dir",
 )  # fmt: skip
-MAY_GROW = ("train.max_steps", "train.epochs", "ppo.num_iterations")
+MAY_GROW = ("train.max_steps", "train.epochs", "ppo.num_iterations", "raft.num_iterations")
 
 
 class Standing(NamedTuple):
@@ -119,6 +119,7 @@ def clear_false_start(run_dir: Path) -> None:
 def _reached_a_step(run_dir: Path) -> bool:
     metrics, scored = run_dir / "metrics.jsonl", run_dir / ".scores"  # what `rlhf score` has done so far
     begun = (metrics.is_file() and metrics.stat().st_size > 0) or bool(_checkpoints(run_dir)) or scored.is_dir()
+    begun = begun or has_iterations(run_dir)
     return begun or read_manifest(run_dir).get("status") == "complete"  # a merge has no steps
 
 

@@ -8,11 +8,13 @@ from rlhf_cli.config.machine import check_machine
 from rlhf_cli.config.merge_requests import check_merge
 from rlhf_cli.config.paths import check_data_paths, check_model_path, check_tokenizer_path
 from rlhf_cli.config.ppo_requests import check_ppo
+from rlhf_cli.config.raft_requests import check_raft
 from rlhf_cli.config.reward_requests import check_rewards
 from rlhf_cli.errors import Problem
 from rlhf_cli.schema import (
     MergeLoraConfig,
     PpoConfig,
+    RaftConfig,
     RmConfig,
     ScoreConfig,
     StageConfig,
@@ -31,6 +33,8 @@ def check_request(config: StageConfig, world_size: int, has_gpu: bool, weights_n
             yield from _check_training(config, world_size, has_gpu, weights_needed)
         case PpoConfig():
             yield from check_ppo(config, world_size, has_gpu, weights_needed)
+        case RaftConfig():
+            yield from check_raft(config, world_size, has_gpu, weights_needed)
         case MergeLoraConfig():
             yield from check_merge(config)
         case ScoreConfig():

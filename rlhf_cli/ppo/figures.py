@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
-from rlhf_cli.ops.diversity import distinct_n, repetition, separator_ratio
+from rlhf_cli.align.collect import Judged
+from rlhf_cli.align.figures import reward_figures
 from rlhf_cli.ops.kl import kl_estimate, negative_kl_test
 from rlhf_cli.ops.masks import masked_sum
-from rlhf_cli.ppo.batch import Experience
-from rlhf_cli.ppo.collect import Judged
-from rlhf_cli.rollout.pieces import token_pieces
-from rlhf_cli.rollout.sampler import Response
+from rlhf_cli.ppo.experience import Experience
 
 
 def objective_figures(experience: Experience, judged: Judged, kl_coef: float, rewards: Tensor) -> dict[str, float]:
@@ -43,26 +39,7 @@ def objective_figures(experience: Experience, judged: Judged, kl_coef: float, re
         "objective/ref_perplexity": math.exp(min(700.0, -masked_sum(reference, keep).item() / int(keep.sum()))),
         "objective/reward": judged.reward.mean().item(),
     }
-    figures |= {f"reward/{name}": values.mean().item() for name, values in judged.by_source.items()}
-    figures |= {f"rules/{name}": hit.double().mean().item() for name, hit in judged.hits.items()}
-    return figures
-
-
-def text_figures(responses: Sequence[Response], tokenizer: Any, vocab_size: int) -> dict[str, float]:
-    """text/...: length in tokens, how responses end, diversity, separators, repetition; ends are not counted."""
-    tokens = [r.token_ids[: r.num_text_tokens].tolist() for r in responses]
-    pieces = [piece.decode(errors="replace") for piece in token_pieces(tokenizer, vocab_size)]
-    count = len(responses)
-    return {
-        "text/length": sum(len(r.token_ids) for r in responses) / count,
-        "val/num_eos_tokens": float(sum(r.ending == "eos" for r in responses)),
-        "text/eos_rate": sum(r.ending == "eos" for r in responses) / count,
-        "text/stop_rate": sum(r.ending == "stop" for r in responses) / count,
-        "text/distinct_1": distinct_n(tokens, 1),
-        "text/distinct_2": distinct_n(tokens, 2),
-        "text/separator_ratio": separator_ratio([[pieces[t] for t in row] for row in tokens]),
-        "text/repetition": repetition(tokens),
-    }
+    return figures | reward_figures(judged)
 
 
 def negative_kl(experience: Experience) -> str | None:

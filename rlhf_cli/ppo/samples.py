@@ -8,15 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
+from rlhf_cli.align.collect import Answer, Judged
+from rlhf_cli.align.samples import show_samples
 from rlhf_cli.files import write_text
 from rlhf_cli.ops.kl import kl_estimate
 from rlhf_cli.ops.masks import masked_sum
-from rlhf_cli.ppo.batch import Experience
-from rlhf_cli.ppo.collect import Answer, Judged
+from rlhf_cli.ppo.experience import Experience
 from rlhf_cli.run import Run
 from rlhf_cli.runtime.metrics import MetricsLog
-
-SHOWN_CHARS = 240  # of a prompt's end and a response in the terminal
 
 
 def write_samples(
@@ -28,14 +27,8 @@ def write_samples(
     rows = [_row(answer, judged, i, kl, experience.scores, iteration) for i, answer in enumerate(answers)]
     path = run.run_dir / "samples" / f"iteration_{iteration:08d}.jsonl"
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    # Spread over the responses: neighbours may answer the same prompt.
-    count = min(run.config.logging.num_log_samples, len(rows))
-    shown = [rows[i * len(rows) // count] for i in range(count)]
-    cells = [[_end(row["prompt"]), _start(row["response"]), f"{row['score']:.3f}", f"{row['kl']:.2f}"] for row in shown]
-    assert run.display is not None
-    run.display.grid(f"iteration {iteration}", ["prompt", "response", "score", "KL"], cells)
-    table = "\n".join(f"| {' | '.join(_cell(c) for c in row)} |" for row in cells)
-    log.text("samples", f"| prompt | response | score | KL |\n|---|---|---|---|\n{table}", iteration)
+    cells = [[row["prompt"], row["response"], f"{row['score']:.3f}", f"{row['kl']:.2f}"] for row in rows]
+    show_samples(("prompt", "response", "score", "KL"), cells, iteration, run, log)
 
 
 def _row(answer: Answer, judged: Judged, i: int, kl: Tensor, scores: Tensor, iteration: int) -> dict[str, Any]:
@@ -46,20 +39,8 @@ def _row(answer: Answer, judged: Judged, i: int, kl: Tensor, scores: Tensor, ite
         "score": scores[i].item(),
         "reward": judged.reward[i].item(),
         **{f"reward/{name}": values[i].item() for name, values in judged.by_source.items()},
-        "rules": [name for name, hit in judged.hits.items() if hit[i]],
+        "rules": [name for name, hit in judged.rules.hits.items() if hit[i]],
         "kl": kl[i].item(),
         "tokens": len(answer.response.token_ids),
         "ending": answer.response.ending,
     }
-
-
-def _end(text: str) -> str:
-    return text if len(text) <= SHOWN_CHARS else "…" + text[-SHOWN_CHARS:]
-
-
-def _start(text: str) -> str:
-    return text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "…"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", "<br>")

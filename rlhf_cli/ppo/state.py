@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from rlhf_cli.align.state import AlignState
 
 
 @dataclass
-class PpoState:
-    """After `iteration` whole iterations. PpoState(**d) brings back what as_dict made.
+class PpoState(AlignState):
+    """kl_coef: of the next iteration. moments: of the rewards so far, where they are running."""
 
-    steps: optimizer steps; cursor: prompts handed out; episodes: responses learnt from; kl_coef: of the next iteration.
-    moments: of the rewards so far, where they are running. watched: the figures that alarms look at, by iteration:
-    the first ones of the run and the newest. raised: alarms that have gone off. halted: one of them ended the run.
-    line: figures of the last iteration that still wait for its evaluation. best_step: the iteration with the highest
-    eval_reward.
-    """
-
-    kl_coef: float
-    data_digest: str
-    iteration: int = 0
-    steps: int = 0
-    cursor: int = 0
-    episodes: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
+    kl_coef: float = 0.0
     moments: dict[str, Any] | None = None
-    watched: list[dict[str, float]] = field(default_factory=list)
-    raised: list[str] = field(default_factory=list)
-    halted: bool = False
-    line: dict[str, Any] | None = None
-    evaluated: int = -1
-    first_eval: dict[str, float] = field(default_factory=dict)
-    last_eval: dict[str, float] = field(default_factory=dict)
-    best_eval: dict[str, float] = field(default_factory=dict)
-    best_step: int | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return asdict(self)

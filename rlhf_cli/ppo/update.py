@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_cli.align.batch import ResponseBatch, collate_responses, share_of_rank
+from rlhf_cli.align.forward import token_values
 from rlhf_cli.errors import RunFailed
 from rlhf_cli.ops.losses import ppo_policy_loss, ppo_value_loss
 from rlhf_cli.ops.schedule import learning_rate
-from rlhf_cli.ppo.batch import Experience, ResponseBatch, collate_responses, share_of_rank
-from rlhf_cli.ppo.forward import token_values
+from rlhf_cli.ppo.experience import Experience
 from rlhf_cli.ppo.ptx import PtxTerm
 from rlhf_cli.runtime.distributed import Ranks, sum_over_ranks
 from rlhf_cli.runtime.engine import Engine

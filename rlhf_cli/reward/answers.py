@@ -15,20 +15,21 @@ from rlhf_cli.reward.source import ScoredText
 
 class Writer(NamedTuple):
     """What a policy writes with. lead: what its template has between the generation prompt and a reply, which the
-    policy learnt to write itself."""
+    policy learnt to write itself; closing: what it has behind a reply, such as an end marker."""
 
     tokenizer_digest: str
     template: Template
     lead: str
+    closing: str
 
 
 def writer_of(tokenizer: Any, template: Template) -> Writer:
     """Look at a policy's tokenizer and template once."""
     try:
-        lead = reply_frame(template, tokenizer.special_tokens_map).lead
+        lead, closing = reply_frame(template, tokenizer.special_tokens_map)
     except DataError:  # its dialogues have another form than its prompts: then nothing of a reply is known as its own
-        lead = ""
-    return Writer(tokenizer_digest(tokenizer), template, lead)
+        lead = closing = ""
+    return Writer(tokenizer_digest(tokenizer), template, lead, closing)
 
 
 def scored_text(prompt: Prompt, response: str, token_ids: np.ndarray | None, writer: Writer) -> ScoredText:

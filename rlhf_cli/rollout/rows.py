@@ -68,8 +68,8 @@ class Rows:
         self.requests = np.concatenate([self.requests, np.array(requests, np.int64)])
         self.written = np.concatenate([self.written, np.zeros(len(requests), np.int64)])
 
-    def advance(self) -> int:
-        """Some more tokens for every row; those that have ended leave. Returns how many did."""
+    def advance(self) -> list[int]:
+        """Some more tokens for every row; those that have ended leave. Returns their requests."""
         steps = min(self.steps_per_look, int((self.work.limits[self.requests] - self.written).min()))
         tokens, states = self._draw(steps)
         self.token_ids[self.requests[:, None], self.written[:, None] + np.arange(steps)] = tokens.T
@@ -78,14 +78,15 @@ class Rows:
         ended = closed[-1] | at_limit
         if not ended.any():
             self.written += steps
-            return 0
+            return []
         gone = np.flatnonzero(ended)
         open_steps = (~closed[:, gone]).sum(0)
-        self.lengths[self.requests[gone]] = self.written[gone] + np.minimum(open_steps + 1, steps)
-        self.final_states[self.requests[gone]] = states[-1, gone]
+        requests = self.requests[gone]
+        self.lengths[requests] = self.written[gone] + np.minimum(open_steps + 1, steps)
+        self.final_states[requests] = states[-1, gone]
         self.written += steps
         self._keep(np.flatnonzero(~ended))
-        return len(gone)
+        return requests.tolist()
 
     def _draw(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and stop states (k, n) of the next steps."""

@@ -21,6 +21,7 @@ from rlhf_cli.models.lora import plain_model
 from rlhf_cli.ops.sampling import Draw
 from rlhf_cli.rollout.attention import quick_attention
 from rlhf_cli.rollout.decoder import open_decoder
+from rlhf_cli.rollout.packing import packed_linears
 from rlhf_cli.rollout.pieces import token_pieces
 from rlhf_cli.rollout.rows import Drawing, Rows, Work
 from rlhf_cli.rollout.stops import Ending, make_stops, spell
@@ -68,7 +69,7 @@ def generate(
     stop: Sequence[str],
     seed: int,
     *,
-    progress: Callable[[int], None] | None = None,
+    ended: Callable[[int, Response], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> list[Response]:
     """Responses in the order of requests.
@@ -79,7 +80,7 @@ def generate(
     its beginning. Before sampling.min_new_tokens no token may be drawn that ends the text, by EOS or by completing a
     stop string.
 
-    progress is called with the number of responses that have ended since its last call. Raises Stopped.
+    ended is called with the number of a request and its response as soon as there is one. Raises Stopped.
     """
     assert not model.training, "dropout would make responses differ"
     if not requests:
@@ -108,9 +109,9 @@ def generate(
         ),
         Work(prompts, limits, np.array([r.sample & SAMPLE_BITS for r in requests], np.uint64)),
     )
-    with quick_attention(base):
-        _run(rows, starting_order(prompts, limits), room, refill, progress, should_stop)
-    return [_response(rows, i) for i in range(len(requests))]
+    with quick_attention(base), packed_linears(base):
+        responses = _run(rows, starting_order(prompts, limits), room, refill, ended, should_stop)
+    return [responses[i] for i in range(len(requests))]
 
 
 def starting_order(prompts: Sequence[np.ndarray], limits: np.ndarray) -> list[int]:
@@ -128,11 +129,11 @@ def _run(
     waiting: list[int],
     room: int,
     refill: bool,
-    progress: Callable[[int], None] | None,
+    ended: Callable[[int, Response], None] | None,
     should_stop: Callable[[], bool] | None,
-) -> None:
+) -> dict[int, Response]:
     """Until every request has its response."""
-    looks = 0
+    looks, responses = 0, {}
     while waiting or rows.num_rows:
         free = room - rows.num_rows
         refills = refill and rows.decoder.can_refill and free >= REFILL_SHARE * room
@@ -142,9 +143,11 @@ def _run(
         if should_stop is not None and looks % LOOKS_PER_POLL == 0 and should_stop():
             raise Stopped
         looks += 1
-        num_ended = rows.advance()
-        if progress is not None and num_ended:
-            progress(num_ended)
+        for request in rows.advance():
+            responses[request] = _response(rows, request)
+            if ended is not None:
+                ended(request, responses[request])
+    return responses
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -123,6 +123,18 @@ def restore_state(engine: Engine, held: HeldState) -> None:
     _put(engine, {name: held.steps[name] for name in parameters if name in held.steps}, read)
 
 
+def forget_moments(engine: Engine) -> None:
+    """Begin the optimizer anew: moments and step counts to zero; weights and master weights stay."""
+    fragments.ensure_moments(engine)
+    with torch.no_grad():
+        for parameter in trainable(engine).values():
+            start, end = fragments.piece_range(engine, parameter)
+            for kind in KINDS:
+                if kind != MASTER:
+                    fragments.write_piece(engine, parameter, kind, torch.zeros(end - start))
+    fragments.set_adam_steps(engine, dict.fromkeys(trainable(engine), 0))
+
+
 class ShardWriter:
     """Gathers tensors and writes a file whenever there are enough. A failure stops the writing, not the caller."""
 

@@ -12,7 +12,7 @@ from typing import Any
 from rlhf_cli import __version__
 from rlhf_cli.errors import CheckpointError
 from rlhf_cli.files import digest_file, digest_tree, write_json
-from rlhf_cli.rundir import output_dir, read_manifest, utc_now
+from rlhf_cli.rundir import has_iterations, output_dir, read_manifest, utc_now
 
 SCHEMA_VERSION = 1
 CRITIC_WORDS = ("auto", "reward", "policy")  # of ppo.critic; everything else is a path
@@ -77,11 +77,9 @@ def inputs(config: dict[str, Any], found: list[dict[str, str]]) -> dict[str, str
 def _named_beside(config: dict[str, Any]) -> list[tuple[str, str | None]]:
     """(role, path) of what is read beside the model that is trained."""
     named = [("reward", source["path"]) for source in config.get("reward", {}).get("sources", [])]
-    settings = config.get("ppo", {})
-    named.append(("reference", settings.get("ref")))
-    if settings.get("critic") not in CRITIC_WORDS:
-        named.append(("critic", settings.get("critic")))
-    return named
+    named += [("reference", config.get(stage, {}).get("ref")) for stage in ("ppo", "raft")]
+    critic = config.get("ppo", {}).get("critic", "auto")
+    return named if critic in CRITIC_WORDS else [*named, ("critic", critic)]
 
 
 def parent(role: str, path: str) -> dict[str, str] | None:
@@ -114,7 +112,7 @@ def _base_digest(config: dict[str, Any], found: list[dict[str, str]]) -> str | N
     settings = config.get("model", {})
     path = settings.get("path")
     frozen = config.get("lora", {}).get("enabled") or settings.get("trainable", {}).get("mode", "all") != "all"
-    is_reference = "ppo" in config
+    is_reference = "ppo" in config or "raft" in config
     if not path or not (frozen or is_reference):
         return None
     directory = Path(path).expanduser()
@@ -126,7 +124,7 @@ def _base_digest(config: dict[str, Any], found: list[dict[str, str]]) -> str | N
 
 def _check_unchanged(run_dir: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """old: the manifest of the start before, {} without one; entries that an older version did not write are let be."""
-    if not any((run_dir / "checkpoints").glob("step_*")):
+    if not any((run_dir / "checkpoints").glob("step_*")) and not has_iterations(run_dir):
         return
     digests = {entry.get("run_dir"): entry["digest"] for entry in old.get("parents") or []}
     parents_now = new["parents"]

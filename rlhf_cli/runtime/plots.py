@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.runtime.curves import save_figure, series, smooth
 from rlhf_cli.runtime.metrics import read_metrics
 
 
@@ -29,10 +31,10 @@ def plot_training(run_dir: Path, title: str) -> Path | None:
     loss.legend()
     for accuracy in middle:
         _draw_accuracy(accuracy, lines)
-    rate.plot(*_series(lines, "learning_rate"), color="#636363")
+    rate.plot(*series(lines, "learning_rate"), color="#636363")
     rate.set(xlabel="step", ylabel="lr")
     rate.grid(alpha=0.3)
-    return _save(figure, run_dir / "plots" / "loss.png")
+    return save_figure(figure, run_dir / "plots" / "loss.png")
 
 
 def plot_judgement(run_dir: Path, title: str, report: dict[str, Any]) -> Path:
@@ -59,7 +61,7 @@ def plot_judgement(run_dir: Path, title: str, report: dict[str, Any]) -> Path:
         trust.annotate(str(b["num"]), (b["mean_confidence"], b["accuracy"]), fontsize=7, ha="left", va="top")
     trust.set(title=f"ECE {report['figures']['ece']:.3f}", xlabel="confidence", ylabel="right", ylim=(-0.02, 1.02))
     trust.grid(alpha=0.3)
-    return _save(figure, run_dir / "plots" / "scores.png")
+    return save_figure(figure, run_dir / "plots" / "scores.png")
 
 
 POLICY_PANELS = (
@@ -86,22 +88,94 @@ def plot_policy(run_dir: Path, title: str) -> Path | None:
     _draw_rewards(panels[0], lines)
     _draw_frontier(panels[1], lines)
     for axes, (name, label) in zip(panels[2:], POLICY_PANELS, strict=False):
-        axes.plot(*_series(lines, name), color="#2171b5", linewidth=1)
+        axes.plot(*series(lines, name), color="#2171b5", linewidth=1)
         axes.set(xlabel="iteration", ylabel=label)
         axes.grid(alpha=0.3)
     _draw_losses(panels[8], lines)
-    return _save(figure, run_dir / "plots" / "policy.png")
+    _mark_alarms([panels[0], *panels[2:]], lines)  # all that have iterations on the x axis
+    return save_figure(figure, run_dir / "plots" / "policy.png")
+
+
+RANKING_PANELS = {
+    "d": ({"raft/distinct_1": "distinct-1", "raft/distinct_2": "distinct-2"}, "distinct n-grams (share)"),
+    "k": ({"raft/kl": "kl"}, "KL to reference (nats)"),
+    "n": ({"raft/length": "length"}, "length (tokens)"),
+    "x": ({"raft/discarded": "discarded"}, "discarded (share)"),
+    "l": ({"loss": "loss"}, "loss (nats)"),
+}
+
+
+def plot_ranking(run_dir: Path, title: str) -> Path | None:
+    """plots/raft.png: reward of the policy's responses, of the selected ones and of those to held-out prompts, by
+    iteration; below, how varied and how long responses are, how far from the reference, how many are discarded, and the
+    loss. Returns None when nothing was logged.
+    """
+    lines = list(read_metrics(run_dir))
+    if not lines:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 10), layout="constrained")
+    panels = figure.subplot_mosaic("rrrrrr;ddkknn;xxxlll", height_ratios=[3, 2, 2])
+    _draw_ranked_rewards(panels["r"], lines)
+    panels["r"].set(title=title)
+    for key, (names, label) in RANKING_PANELS.items():
+        for (name, short), color in zip(names.items(), ("#2171b5", "#31a354"), strict=False):
+            panels[key].plot(*series(lines, name), "o-", markersize=3, color=color, linewidth=1, label=short)
+        if len(names) > 1:
+            panels[key].legend()
+        panels[key].set(ylabel=label)
+    for axes in panels.values():
+        axes.set(xlabel="iteration")
+        axes.grid(alpha=0.3)
+        axes.set_xlim(-0.5, max(1, lines[-1]["step"]) + 0.5)  # the same everywhere, with room for a single point
+        axes.locator_params(axis="x", integer=True)
+    _mark_alarms(list(panels.values()), lines)
+    return save_figure(figure, run_dir / "plots" / "raft.png")
+
+
+def _draw_ranked_rewards(axes: Any, lines: list[dict[str, Any]]) -> None:
+    for name, color, label in (
+        ("raft/reward_policy", "#2171b5", "policy"), ("raft/reward_selected", "#31a354", "selected"),
+    ):  # fmt: skip
+        axes.plot(*series(lines, name), "o-", markersize=3, color=color, label=label)
+    _draw_held_out(axes, lines, "raft/reward_eval")
+    axes.set(ylabel="reward")
+    axes.legend()
+
+
+def _draw_held_out(axes: Any, lines: list[dict[str, Any]], name: str) -> None:
+    """name: a figure whose standard error is logged beside it."""
+    steps, values = series(lines, name)
+    _, errors = series(lines, f"{name}_stderr")
+    if values:
+        axes.errorbar(steps, values, errors, fmt="o-", color="#d94801", markersize=3, capsize=2, label="held-out")
+
+
+def _mark_alarms(panels: Sequence[Any], lines: list[dict[str, Any]]) -> None:
+    """A dotted line where an alarm was first raised, in all panels; their names stand in the first one."""
+    raised: dict[int, list[str]] = {}
+    seen: set[str] = set()
+    for line in lines:
+        new = sorted({name.removeprefix("alarm/") for name in line if name.startswith("alarm/")} - seen)
+        if new:
+            raised[line["step"]] = new
+            seen |= set(new)
+    for step, names in raised.items():
+        for axes in panels:
+            axes.axvline(step, color="#cb181d", linestyle=":", linewidth=1)
+        panels[0].annotate(
+            "alarm " + ", ".join(names), (step, 0.02), xycoords=("data", "axes fraction"), xytext=(-3, 0),
+            textcoords="offset points", rotation=90, ha="right", va="bottom", fontsize=7, color="#cb181d",
+        )  # fmt: skip
 
 
 def _draw_rewards(axes: Any, lines: list[dict[str, Any]]) -> None:
-    steps, values = _series(lines, "objective/scores")
+    steps, values = series(lines, "objective/scores")
     axes.plot(steps, values, color="#9ecae1", linewidth=0.8, label="rollouts")
     if len(values) >= 20:
-        axes.plot(steps, _smooth(values), color="#2171b5", label="rollouts, smoothed")
-    steps, values = _series(lines, "eval_reward")
-    _, errors = _series(lines, "eval_reward_stderr")
-    if values:
-        axes.errorbar(steps, values, errors, fmt="o-", color="#d94801", markersize=3, capsize=2, label="held-out")
+        axes.plot(steps, smooth(values), color="#2171b5", label="rollouts, smoothed")
+    _draw_held_out(axes, lines, "eval_reward")
     axes.set(xlabel="iteration", ylabel="reward")
     axes.legend()
     axes.grid(alpha=0.3)
@@ -120,7 +194,7 @@ def _draw_frontier(axes: Any, lines: list[dict[str, Any]]) -> None:
 
 def _draw_losses(axes: Any, lines: list[dict[str, Any]]) -> None:
     for name, color in (("loss/policy_avg", "#2171b5"), ("loss/value_avg", "#d94801"), ("loss/ptx", "#31a354")):
-        steps, values = _series(lines, name)
+        steps, values = series(lines, name)
         if values:
             axes.plot(steps, values, color=color, linewidth=1, label=name)
     axes.set(xlabel="iteration", ylabel="loss")
@@ -129,11 +203,11 @@ def _draw_losses(axes: Any, lines: list[dict[str, Any]]) -> None:
 
 
 def _draw_loss(axes: Any, lines: list[dict[str, Any]]) -> None:
-    axes.plot(*_series(lines, "loss"), color="#9ecae1", linewidth=0.8, label="train")
-    steps, values = _series(lines, "loss")
+    axes.plot(*series(lines, "loss"), color="#9ecae1", linewidth=0.8, label="train")
+    steps, values = series(lines, "loss")
     if len(values) >= 20:
-        axes.plot(steps, _smooth(values), color="#2171b5", label="train, smoothed")
-    steps, values = _series(lines, "eval_loss")
+        axes.plot(steps, smooth(values), color="#2171b5", label="train, smoothed")
+    steps, values = series(lines, "eval_loss")
     if values:
         axes.plot(steps, values, "o-", color="#d94801", markersize=3, label="evaluation")
         best = min(range(len(values)), key=values.__getitem__)
@@ -145,37 +219,13 @@ def _draw_loss(axes: Any, lines: list[dict[str, Any]]) -> None:
 
 
 def _draw_accuracy(axes: Any, lines: list[dict[str, Any]]) -> None:
-    steps, values = _series(lines, "accuracy")
+    steps, values = series(lines, "accuracy")
     axes.plot(steps, values, color="#9ecae1", linewidth=0.8)
     if len(values) >= 20:
-        axes.plot(steps, _smooth(values), color="#2171b5")
-    steps, values = _series(lines, "eval_accuracy")
-    _, errors = _series(lines, "eval_accuracy_stderr")
+        axes.plot(steps, smooth(values), color="#2171b5")
+    steps, values = series(lines, "eval_accuracy")
+    _, errors = series(lines, "eval_accuracy_stderr")
     if values:
         axes.errorbar(steps, values, errors, fmt="o-", color="#d94801", markersize=3, capsize=2)
     axes.set(ylabel="accuracy", ylim=(None, 1.02))
     axes.grid(alpha=0.3)
-
-
-def _save(figure: Any, path: Path) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    path.parent.mkdir(exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_png(str(aside))
-    aside.rename(path)
-    return path
-
-
-def _series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    found = [(line["step"], line[name]) for line in lines if name in line and math.isfinite(line[name])]
-    return [s for s, _ in found], [v for _, v in found]
-
-
-def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average without the start's bias (as Adam corrects its moments)."""
-    out, total = [], 0.0
-    for i, value in enumerate(values):
-        total = weight * total + (1 - weight) * value
-        out.append(total / (1 - weight ** (i + 1)))
-    return out

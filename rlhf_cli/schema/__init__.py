@@ -21,10 +21,18 @@ from rlhf_cli.schema.model import (
     TokenizerConfig,
     TrainableConfig,
 )
+from rlhf_cli.schema.raft import (
+    DiscardRuleConfig,
+    RaftEvalConfig,
+    RaftTrainConfig,
+    RankingConfig,
+    RankingRewardConfig,
+)
 from rlhf_cli.schema.reward import PolicyRewardConfig, RewardConfig, RewardSourceConfig, RuleConfig
 from rlhf_cli.schema.rl import (
     AlarmConfig,
     AlgorithmConfig,
+    AlignmentConfig,
     EvalConfig,
     PtxConfig,
     RlLoggingConfig,
@@ -32,9 +40,11 @@ from rlhf_cli.schema.rl import (
 )
 from rlhf_cli.schema.stages import (
     STAGES,
+    AlignedConfig,
     MergeLoraConfig,
     ModelledConfig,
     PpoConfig,
+    RaftConfig,
     RmConfig,
     ScoreConfig,
     SftConfig,
@@ -48,11 +58,14 @@ __all__ = [
     "STAGES",
     "AlarmConfig",
     "AlgorithmConfig",
+    "AlignedConfig",
+    "AlignmentConfig",
     "ArchConfig",
     "ComparisonConfig",
     "ComparisonDataConfig",
     "DataConfig",
     "DeepspeedConfig",
+    "DiscardRuleConfig",
     "EarlyStoppingConfig",
     "EvalConfig",
     "FilterConfig",
@@ -72,6 +85,11 @@ __all__ = [
     "PromptDataConfig",
     "PtxConfig",
     "PtxDataConfig",
+    "RaftConfig",
+    "RaftEvalConfig",
+    "RaftTrainConfig",
+    "RankingConfig",
+    "RankingRewardConfig",
     "RewardConfig",
     "RewardSourceConfig",
     "RlLoggingConfig",

@@ -50,10 +50,28 @@ class AlarmConfig:
 
 
 @dataclass
-class AlgorithmConfig:
+class AlignmentConfig:
+    """What ppo and raft have alike: iterations of writing, scoring and learning, and what is watched meanwhile."""
+
+    num_iterations: int = opt(100, "rollouts, each followed by learning from it", ge=1)
+    sharing: Literal["separate", "hydra"] = opt(
+        "separate",
+        "separate: each model has its own weights; hydra: one frozen base, with the policy, reward models and ppo's"
+        " critic as adapters (arXiv 2309.00754)",
+    )
+    ref: str | None = opt(None, "what KL is measured to: run directory, local directory, hub id; null = model.path")
+    frozen: Literal["auto", "keep", "shard", "offload"] = opt(
+        "auto",
+        "reference and reward models: whole on every device, sharded over the ranks, or in the machine's memory,"
+        " between uses; auto = shard with ZeRO-3 on several ranks, else keep",
+    )
+    alarms: AlarmConfig = section(AlarmConfig, "signs of over-optimisation")
+
+
+@dataclass
+class AlgorithmConfig(AlignmentConfig):
     """Proximal policy optimisation (arXiv 1707.06347) with a KL penalty to the reference, and its relatives."""
 
-    num_iterations: int = opt(100, "rollouts, each followed by ppo_epochs over it", ge=1)
     rollout_batch_size: int = opt(128, "responses of an iteration, over all ranks", ge=1)
     samples_per_prompt: int | None = opt(None, "responses to each prompt; null = 1, or 4 for rloo and grpo", ge=1)
     ppo_epochs: int = opt(4, "passes over the responses of an iteration", ge=1)
@@ -85,21 +103,10 @@ class AlgorithmConfig:
     missing_eos: str = opt(
         "none", "a response that reached its longest length: none; set:VALUE the score; subtract:VALUE from it"
     )
-    sharing: Literal["separate", "hydra"] = opt(
-        "separate",
-        "separate: each model has its own weights; hydra: one frozen base, with policy, critic and reward as adapters"
-        " (arXiv 2309.00754)",
-    )
-    ref: str | None = opt(None, "what KL is measured to: run directory, local directory, hub id; null = model.path")
     critic: str = opt(
         "auto", "starts from: reward (the first reward model), policy, or a path; auto = reward where it fits"
     )
     critic_lr: float | None = opt(None, "highest learning rate of the critic; null = optim.lr", gt=0)
-    frozen: Literal["auto", "keep", "shard", "offload"] = opt(
-        "auto",
-        "reference and reward models: whole on every device, sharded over the ranks, or in the machine's memory,"
-        " between uses; auto = shard with ZeRO-3 on several ranks, else keep",
-    )
     target_kl: float | None = opt(None, "end the iteration's updates when policy/approxkl_avg is above", gt=0)
     ema: float | None = opt(
         None,
@@ -108,7 +115,6 @@ class AlgorithmConfig:
         lt=1,
     )
     ptx: PtxConfig = section(PtxConfig, "language-model loss beside it")
-    alarms: AlarmConfig = section(AlarmConfig, "signs of over-optimisation")
 
     def check(self) -> Iterator[Problem]:
         if not MISSING_EOS.fullmatch(self.missing_eos):

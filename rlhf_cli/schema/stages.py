@@ -18,8 +18,9 @@ from rlhf_cli.schema.fields import opt, section, unread
 from rlhf_cli.schema.generation import GenerationConfig, RolloutConfig
 from rlhf_cli.schema.job import DeepspeedConfig, LaunchConfig, LoggingConfig, ProgressConfig
 from rlhf_cli.schema.model import LoadedModelConfig, LoraConfig, MergeConfig, ModelConfig
+from rlhf_cli.schema.raft import RaftEvalConfig, RaftTrainConfig, RankingConfig, RankingRewardConfig
 from rlhf_cli.schema.reward import PolicyRewardConfig, RewardConfig
-from rlhf_cli.schema.rl import AlgorithmConfig, EvalConfig, RlLoggingConfig, RlTrainConfig
+from rlhf_cli.schema.rl import AlgorithmConfig, AlignmentConfig, EvalConfig, RlLoggingConfig, RlTrainConfig
 from rlhf_cli.schema.training import ComparisonConfig, OptimConfig, TrainConfig
 
 
@@ -98,60 +99,102 @@ class RmConfig(TrainedConfig):
 
 
 @dataclass
-class PpoConfig(ModelledConfig):
-    """Proximal policy optimisation against reward sources."""
+class AlignedConfig(ModelledConfig):
+    """What ppo and raft have alike: a policy writes responses, which are scored and learnt from."""
 
-    stage: Literal["ppo"] = opt("ppo", "the stage this config is for")
     model: LoadedModelConfig = section(LoadedModelConfig, "the policy to start from")
-    lora: LoraConfig = section(LoraConfig, "low-rank adapters, of policy and critic")
     data: PromptDataConfig = section(PromptDataConfig, "prompts that the policy answers")
     generation: RolloutConfig = section(RolloutConfig, "how it answers")
     reward: PolicyRewardConfig = section(PolicyRewardConfig, "what scores the answers")
-    ppo: AlgorithmConfig = section(AlgorithmConfig, "how the policy learns from the scores")
     train: RlTrainConfig = section(RlTrainConfig, "rhythm of the training")
     eval: EvalConfig = section(EvalConfig, "what is measured beside")
     logging: RlLoggingConfig = section(RlLoggingConfig, "where progress and samples are shown")
+
+    @property
+    def algorithm(self) -> AlignmentConfig:
+        """The section that has the stage's name."""
+        raise NotImplementedError
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there are prompts to evaluate on."""
+        return bool(self.data.eval_path or self.data.validation_split_percentage)
 
     def check(self) -> Iterator[Problem]:
         yield from super().check()
         if self.model.trainable.mode == "lisa":
             yield Problem("model.trainable.mode", "lisa is for supervised stages; use all, last_layers or patterns")
         if self.lora.dropout:
-            yield Problem("lora.dropout", "must be 0: with dropout the ratio of new to old policy would not start at 1")
+            yield Problem("lora.dropout", "must be 0: a policy writes and learns without dropout")
         if self.generation.temperature == 0:
             yield Problem("generation.temperature", "must be > 0: the likeliest token teaches nothing")
-        held_out = bool(self.data.eval_path or self.data.validation_split_percentage)
-        yield from self._check_evaluation(held_out)
-        if self.ppo.alarms.action == "stop" and not (held_out and self.train.eval_every):
+        yield from self._check_evaluation()
+        if self.algorithm.alarms.action == "stop" and not (self.has_held_out and self.train.eval_every):
             yield Problem(
-                "ppo.alarms.action",
+                f"{self.stage}.alarms.action",
                 "stop hands over the best policy so far: set train.eval_every, and hold prompts out"
                 " (data.validation_split_percentage or data.eval_path)",
             )
-        yield from self._check_sharing()
+        if self.algorithm.sharing == "hydra":
+            yield from self._check_sharing()
 
-    def _check_evaluation(self, held_out: bool) -> Iterator[Problem]:
-        """held_out: whether there are prompts to evaluate on."""
+    def _check_evaluation(self) -> Iterator[Problem]:
         hold_out = "data.validation_split_percentage or data.eval_path"
-        if not held_out:
+        if not self.has_held_out:
             yield from unread(self.eval, ("num_prompts", "temperature"), hold_out, "eval.")
         if self.eval.tax_path is None:
             yield from unread(self.eval, ("tax_rows",), "eval.tax_path", "eval.")
-        if not held_out and self.eval.tax_path is None:
+        if not self.has_held_out and self.eval.tax_path is None:
             yield from unread(self.train, ("eval_every",), f"{hold_out}, or eval.tax_path,", "train.")
 
     def _check_sharing(self) -> Iterator[Problem]:
-        settings = self.ppo
-        if settings.sharing == "separate":
-            return
+        key = f"{self.stage}.sharing"
         if not self.lora.enabled:
-            yield Problem("ppo.sharing", "hydra trains adapters on one frozen base; set lora.enabled=true (lora=r16)")
-        if settings.ref is not None:
-            yield Problem("ppo.ref", "with ppo.sharing=hydra the reference is the base itself; drop it")
-        if settings.critic not in ("auto", "reward", "policy"):
-            yield Problem("ppo.critic", "with ppo.sharing=hydra: auto, reward or policy")
+            yield Problem(key, "hydra trains adapters on one frozen base; set lora.enabled=true (lora=r16)")
+        if self.algorithm.ref is not None:
+            yield Problem(f"{self.stage}.ref", f"with {key}=hydra the reference is the base itself; drop it")
         if self.model.quantization != "none":
-            yield Problem("ppo.sharing", "hydra does not share nf4 weights; use separate or model.quantization=none")
+            yield Problem(key, "hydra does not share nf4 weights; use separate or model.quantization=none")
+
+
+@dataclass
+class PpoConfig(AlignedConfig):
+    """Proximal policy optimisation against reward sources."""
+
+    stage: Literal["ppo"] = opt("ppo", "the stage this config is for")
+    lora: LoraConfig = section(LoraConfig, "low-rank adapters, of policy and critic")
+    ppo: AlgorithmConfig = section(AlgorithmConfig, "how the policy learns from the scores")
+
+    @property
+    def algorithm(self) -> AlgorithmConfig:
+        return self.ppo
+
+    def _check_sharing(self) -> Iterator[Problem]:
+        yield from super()._check_sharing()
+        if self.ppo.critic not in ("auto", "reward", "policy"):
+            yield Problem("ppo.critic", "with ppo.sharing=hydra: auto, reward or policy")
+
+
+@dataclass
+class RaftConfig(AlignedConfig):
+    """Reward-ranked fine-tuning: the policy learns from the best of what it writes."""
+
+    stage: Literal["raft"] = opt("raft", "the stage this config is for")
+    reward: RankingRewardConfig = section(
+        RankingRewardConfig, "what the answers are ranked by; without sources, the policy's own mean token log-prob"
+    )
+    raft: RankingConfig = section(RankingConfig, "what is selected, and how the policy learns from it")
+    train: RaftTrainConfig = section(RaftTrainConfig, "the fine-tuning of an iteration, rhythm")
+    eval: RaftEvalConfig = section(RaftEvalConfig, "what is measured beside")
+
+    @property
+    def algorithm(self) -> RankingConfig:
+        return self.raft
+
+    def check(self) -> Iterator[Problem]:
+        yield from super().check()
+        if not self.has_held_out:
+            yield from unread(self.raft, ("result",), "data.validation_split_percentage or data.eval_path", "raft.")
 
 
 @dataclass
@@ -286,6 +329,21 @@ STAGES: dict[str, StageInfo] = {
             " 'reward.sources=[{type: classifier, path: runs/mood, label: happy}]'",
             "rlhf ppo -m model.path=runs/hh_sft data.path=prompts.jsonl 'reward.sources=[{path: runs/hh_rm_merged}]'"
             " ppo.kl_coef=0.01,0.05",
+        ),
+    ),
+    "raft": StageInfo(
+        "raft",
+        RaftConfig,
+        "reward-ranked fine-tuning: learn from the best of K own responses, repeat",
+        ("lora", "generation", "reward", "optim", "deepspeed", "launch"),
+        "rlhf_cli.stages.raft",
+        (
+            "rlhf raft model.path=runs/hh_sft data.path=prompts.jsonl 'reward.sources=[{path: runs/hh_rm_merged}]'",
+            "rlhf raft conf=hh_rlhf_llama_7b model.path=runs/hh_sft_7b 'reward.sources=[{path: runs/hh_rm_7b_merged}]'",
+            "rlhf raft conf=shakespeare_happy model.path=runs/plays data.path=plays.txt"
+            " 'reward.sources=[{type: classifier, path: runs/mood, label: happy}]'",
+            "rlhf raft -m model.path=runs/hh_sft data.path=prompts.jsonl 'reward.sources=[{path: runs/hh_rm_merged}]'"
+            " raft.strategy=local,top",
         ),
     ),
     "merge-lora": StageInfo(

@@ -9,7 +9,8 @@
 All sample from the same random model, at temperature 1 without filters, with the same rows at a time. Fixed: one batch,
 every response as long as allowed. Ragged: several batches, with so many end tokens that responses have a given mean
 length, which no program knows beforehand. Tokens are those of responses, up to the first end token; the time is from
-prompts to responses, reading the prompts included. In turn, several times; medians.
+prompts to responses, reading the prompts included. In turn, several times; medians. A ratio is taken within each run,
+between neighbours in time, so that what else the machine does touches both; shown are its median and its range.
 
 The bounds are of this machine, measured in the same run: the work of all matrix products at the speed of a large one,
 and the weights and caches that each step has to read at the speed of a copy.
@@ -179,7 +180,7 @@ def bounds(shape: Shape, mean: float, item_size: int, flops: float, bandwidth: f
 
 
 def table(speeds: dict[str, Speed], fixed: Bounds, ragged: Bounds) -> str:
-    """Markdown: medians, the spread (fastest - slowest) / median, and ratios to generate."""
+    """Markdown: medians, the spread (fastest - slowest) / median, and ratios to generate run by run."""
     lines = [
         "| program | fixed, tokens/s | spread | ÷ generate | ragged, tokens/s | spread | ÷ generate |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -187,15 +188,22 @@ def table(speeds: dict[str, Speed], fixed: Bounds, ragged: Bounds) -> str:
     base = speeds.get("generate")
     for name, speed in speeds.items():
         cells = []
-        for rates, others in zip(speed, base or (None, None), strict=True):
+        for rates, others in zip(speed, base or ([], []), strict=True):
             middle = median(rates)
-            ratio = f"{middle / median(others):.2f}" if others else ""
-            cells += [f"{middle:,.0f}", f"{(max(rates) - min(rates)) / middle:.0%}", ratio]
+            cells += [f"{middle:,.0f}", f"{(max(rates) - min(rates)) / middle:.0%}", ratios(rates, others)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for kind in Bounds._fields:
         cells = [f"{getattr(fixed, kind):,.0f}", "", "", f"{getattr(ragged, kind):,.0f}", "", ""]
         lines.append(f"| bound by {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def ratios(rates: list[float], others: list[float]) -> str:
+    """Median and range of rates[i] / others[i]; nothing without others."""
+    if not others:
+        return ""
+    found = [a / b for a, b in zip(rates, others, strict=True)]
+    return f"{median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
 
 if __name__ == "__main__":

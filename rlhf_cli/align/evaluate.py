@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlhf_cli.align.collect import Answer, Collector, Judged, evaluation_requests, evaluation_sampling
+from rlhf_cli.align.models import Models
 from rlhf_cli.data.dataset import prepare
 from rlhf_cli.data.prompts import Prompt
 from rlhf_cli.data.token_rows import TokenRows
@@ -14,11 +16,9 @@ from rlhf_cli.files import write_text
 from rlhf_cli.lm_loss import mean_token_loss
 from rlhf_cli.models.tokenizer import tokenizer_digest
 from rlhf_cli.ops.diversity import distinct_n
-from rlhf_cli.ppo.collect import Answer, Collector, Judged, evaluation_requests, evaluation_sampling
-from rlhf_cli.ppo.models import Models
 from rlhf_cli.run import Run
 from rlhf_cli.runtime.distributed import local_first
-from rlhf_cli.schema import DataConfig, PpoConfig
+from rlhf_cli.schema import AlignedConfig, DataConfig
 
 TAX_LENGTH = 1024  # tokens of a row of held-out text that count
 
@@ -34,7 +34,7 @@ class Evaluation:
         return self.prompts is not None or self.tax is not None
 
 
-def open_evaluation(config: PpoConfig, prompts: Sequence[Prompt] | None, models: Models, run: Run) -> Evaluation:
+def open_evaluation(config: AlignedConfig, prompts: Sequence[Prompt] | None, models: Models, run: Run) -> Evaluation:
     """The held-out prompts that are used, and the text of eval.tax_path."""
     held_out = None if prompts is None else prompts[: config.eval.num_prompts]
     if config.eval.tax_path is None:
@@ -61,6 +61,8 @@ def evaluate(evaluation: Evaluation, collector: Collector, iteration: int) -> di
         answers = [Answer(evaluation.prompts[i], response, i) for i, response in responses.items()]
         judged = collector.judge(answers)
         figures |= _answer_figures(answers, judged)
+        if config.stage == "raft":  # under the name that its other rewards have
+            figures |= {f"raft/reward_eval{end}": figures[f"eval_reward{end}"] for end in ("", "_stderr")}
         if run.ranks.is_main:
             _write_answers(answers, judged, run, iteration)
     if evaluation.tax is not None:
@@ -80,7 +82,7 @@ def _answer_figures(answers: Sequence[Answer], judged: Judged) -> dict[str, floa
         "eval_distinct_2": distinct_n(tokens, 2),
     }
     figures |= {f"eval_reward/{name}": values.mean().item() for name, values in judged.by_source.items()}
-    return figures | {f"eval_rules/{name}": hit.double().mean().item() for name, hit in judged.hits.items()}
+    return figures | {f"eval_rules/{name}": hit.double().mean().item() for name, hit in judged.rules.hits.items()}
 
 
 def _write_answers(answers: Sequence[Answer], judged: Judged, run: Run, iteration: int) -> None:

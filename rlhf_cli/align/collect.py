@@ -1,4 +1,4 @@
-"""One iteration's responses: prompts drawn, answered on all ranks, unusable answers drawn again, the rest scored."""
+"""Responses of a policy: written on all ranks, judged by reward sources and rules, known to every rank."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_cli.align.models import Models
 from rlhf_cli.data.prompts import Prompt
 from rlhf_cli.errors import RlhfError, RunFailed
 from rlhf_cli.loop import heed_stop
-from rlhf_cli.ppo.models import Models
 from rlhf_cli.reward.answers import Writer, scored_text
-from rlhf_cli.reward.rules import Rules, rule_names
+from rlhf_cli.reward.rules import RuleHits, Rules
 from rlhf_cli.reward.source import ScoredText
 from rlhf_cli.rollout.sampler import Request, Response, Stopped, generate
 from rlhf_cli.run import Run
 from rlhf_cli.runtime.distributed import gather_objects
 from rlhf_cli.runtime.engine import gathered_for_generation
-from rlhf_cli.schema import PpoConfig, RolloutConfig
+from rlhf_cli.schema import AlignedConfig, RolloutConfig
 
-DRAWS = 8  # of a response that a rule discards again and again
 EVALUATION = 1 << 62  # samples of evaluations are numbered from here: the same noise at each of them
 
 
@@ -39,33 +38,23 @@ class Answer(NamedTuple):
     group: int
 
 
-class Draw(NamedTuple):
-    """Responses to learn from. cursor: the next prompt; redrawn: how many were discarded, by rule."""
-
-    answers: list[Answer]
-    cursor: int
-    redrawn: dict[str, int]
-
-
 class Judged(NamedTuple):
-    """Of N responses. reward (N,) float64: what the sources say, weighted, before rules; ruled (N,): the score that a
-    rule gives instead, nan where none does; by_source: name -> (N,); hits: rule -> (N,) bool."""
+    """Of N responses. reward (N,) float64: what the sources say, weighted, before rules; by_source: name -> (N,)."""
 
     reward: Tensor
-    ruled: Tensor
+    rules: RuleHits
     by_source: dict[str, Tensor]
-    hits: dict[str, Tensor]
 
     def with_rules(self, rewards: Tensor) -> Tensor:
         """(N,): a rule's score where there is one, else the reward."""
-        return torch.where(torch.isnan(self.ruled), rewards, self.ruled)
+        return torch.where(torch.isnan(self.rules.score), rewards, self.rules.score)
 
 
 @dataclass
 class Collector:
-    """Draws and judges responses. order: cursor -> number of a prompt; writer: how to read the policy's tokens."""
+    """Writes and judges responses. order: cursor -> number of a prompt; writer: how to read the policy's tokens."""
 
-    config: PpoConfig
+    config: AlignedConfig
     models: Models
     prompts: Sequence[Prompt]
     order: Callable[[int], int]
@@ -73,42 +62,16 @@ class Collector:
     writer: Writer
     run: Run
 
-    def draw(self, iteration: int, cursor: int) -> Draw:
-        """rollout_batch_size responses for an iteration, which no rule discards. Raises StopAsked."""
-        settings = self.config.ppo
-        size, group_size = settings.rollout_batch_size, settings.group_size
-        numbers = [self.order(cursor + i) for i in range(size // group_size)]
-        cursor += len(numbers)
-        prompts = [self.prompts[n] for n in np.repeat(numbers, group_size)]
-        answers: dict[int, Response] = {}
-        missing, redrawn = list(range(size)), dict.fromkeys(self._discarding(), 0)
-        for attempt in range(DRAWS):
-            limits = response_limits(self.config.generation, size, (self.config.train.seed, iteration, attempt))
-            requests = {
-                i: Request(prompts[i].token_ids, iteration << 32 | attempt << 24 | i, int(limits[i])) for i in missing
-            }
-            responses = self.write(requests, self.config.generation)
-            hits = self.rules.apply([r.text for r in responses.values()], [text_length(r) for r in responses.values()])
-            answers |= responses
-            for name in redrawn:
-                redrawn[name] += int(hits.hits[name].sum())
-            missing = [i for i, discard in zip(responses, hits.discard.tolist(), strict=True) if discard]
-            if not missing:
-                break
-            if group_size == 1:  # another prompt may be easier to answer
-                for i in missing:
-                    prompts[i], cursor = self.prompts[self.order(cursor)], cursor + 1
-        else:
-            raise CollectingFailed(
-                f"after {DRAWS} draws {len(missing)} of {size} responses still hit a rule with action: discard"
-                f" ({', '.join(f'{n} {c} times' for n, c in redrawn.items())}); the last one is"
-                f" {answers[missing[0]].text[:80]!r}. Loosen reward.rules, or use action: score"
-            )
-        drawn = [Answer(prompts[i], answers[i], i // group_size) for i in range(size)]
-        return Draw(drawn, cursor, redrawn)
+    def write(
+        self,
+        requests: dict[int, Request],
+        sampling: RolloutConfig,
+        ended: Callable[[int, Response], None] | None = None,
+    ) -> dict[int, Response]:
+        """The answers to all requests, on every rank; the ranks share the work by prompts. Raises StopAsked.
 
-    def write(self, requests: dict[int, Request], sampling: RolloutConfig) -> dict[int, Response]:
-        """The answers to all requests, on every rank; the ranks share the work by prompts. Raises StopAsked."""
+        ended: called with the key of a request and its response as soon as there is one, on the rank that wrote it.
+        """
         ranks, watch = self.run.ranks, self.run.process.watch
         keys = list(requests)
         starts = [n > 0 and requests[i].prompt is not requests[keys[n - 1]].prompt for n, i in enumerate(keys)]
@@ -120,7 +83,7 @@ class Collector:
                 done = generate(
                     module, self.models.text.tokenizer, [requests[i] for i in mine], sampling,
                     self.models.text.template.stop, self.config.train.seed,
-                    progress=self._progress(len(mine)), should_stop=lambda: bool(watch.requested),
+                    ended=self._progress(mine, ended), should_stop=lambda: bool(watch.requested),
                 )  # fmt: skip
             except Stopped:
                 mine = []
@@ -133,7 +96,7 @@ class Collector:
         """What sources and rules say, the same on every rank; the ranks share the work. Raises CollectingFailed on all
         of them when a source fails on one."""
         texts = [self._scored_text(answer) for answer in answers]
-        hits = self.rules.apply([a.response.text for a in answers], [text_length(a.response) for a in answers])
+        hits = rule_hits(self.rules, [answer.response for answer in answers])
         mine = range(self.run.ranks.rank, len(texts), self.run.ranks.world_size)
         part: tuple[list[int], list[float], dict[str, list[float]]] | str
         with self.models.scoring() as rewards:
@@ -153,7 +116,7 @@ class Collector:
             reward[rows] = torch.tensor(total, dtype=torch.float64)
             for name, values in sources.items():
                 by_source[name][rows] = torch.tensor(values, dtype=torch.float64)
-        return Judged(reward, hits.score, by_source, hits.hits)
+        return Judged(reward, hits, by_source)
 
     def _scored_text(self, answer: Answer) -> ScoredText:
         """What reward sources see of an answer; its very tokens where the text does not end inside one."""
@@ -162,23 +125,25 @@ class Collector:
         tokens = response.token_ids[: response.num_text_tokens] if exact else None
         return scored_text(answer.prompt, response.text, tokens, self.writer)
 
-    def _discarding(self) -> list[str]:
-        """Names of the rules by which a response is drawn again."""
-        rules = self.config.reward.rules
-        return [name for name, rule in zip(rule_names(rules), rules, strict=True) if rule.action == "discard"]
-
-    def _progress(self, total: int) -> Callable[[int], None] | None:
-        display = self.run.display
-        if display is None:
-            return None
+    def _progress(
+        self, keys: list[int], ended: Callable[[int, Response], None] | None
+    ) -> Callable[[int, Response], None]:
+        """What to do when the response to keys[i] is there: pass it on, and show how many there are."""
         finished = 0
 
-        def show(count: int) -> None:
+        def pass_on(number: int, response: Response) -> None:
             nonlocal finished
-            finished += count
-            display.phase(f"writing {finished}/{total}")
+            finished += 1
+            if ended is not None:
+                ended(keys[number], response)
+            self.run.phase(f"writing {finished}/{len(keys)}")
 
-        return show
+        return pass_on
+
+
+def rule_hits(rules: Rules, responses: Sequence[Response]) -> RuleHits:
+    """What rules say of N responses."""
+    return rules.apply([r.text for r in responses], [text_length(r) for r in responses])
 
 
 def response_limits(sampling: RolloutConfig, count: int, key: tuple[int, ...]) -> np.ndarray:
@@ -194,7 +159,7 @@ def evaluation_requests(prompts: Sequence[Prompt], sampling: RolloutConfig) -> d
     return {i: Request(prompt.token_ids, EVALUATION + i, sampling.max_new_tokens) for i, prompt in enumerate(prompts)}
 
 
-def evaluation_sampling(config: PpoConfig) -> RolloutConfig:
+def evaluation_sampling(config: AlignedConfig) -> RolloutConfig:
     """As the rollouts, at the temperature of evaluations."""
     temperature = config.eval.temperature
     return config.generation if temperature is None else replace(config.generation, temperature=temperature)

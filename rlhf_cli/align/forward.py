@@ -1,6 +1,6 @@
 """Log-probabilities and values of response tokens: shared out over the ranks, gathered on all of them.
 
-Shapes: R responses, T tokens of the longest; see ppo.batch. The micro-batches depend on lengths, their size and the
+Shapes: R responses, T tokens of the longest; see align.batch. The micro-batches depend on lengths, their size and the
 number of ranks only. So policy and reference go through the very same ones, and equal weights give equal bits.
 """
 
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_cli.align.batch import ResponseBatch, collate_responses, share_of_rank
 from rlhf_cli.data.collate import IGNORED
-from rlhf_cli.ppo.batch import ResponseBatch, collate_responses, share_of_rank
 from rlhf_cli.runtime.distributed import Ranks, sum_over_ranks
 
 Call = Callable[..., Any]

@@ -1,4 +1,4 @@
-"""The responses of an iteration, and some of them as one micro-batch of tensors.
+"""Some responses of an iteration as one micro-batch of tensors.
 
 Shapes: R responses, T tokens of the longest response; b rows of a micro-batch, S positions, N response tokens in it.
 A position reads the token that stands at it and predicts the next one, so the first response token is predicted at the
@@ -8,7 +8,6 @@ prompt's last position, and the last response token is predicted but never read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -17,29 +16,6 @@ from torch import Tensor
 
 from rlhf_cli.data.collate import IGNORED
 from rlhf_cli.data.plan import plan_step
-
-
-@dataclass
-class Experience:
-    """What an iteration learns from: the same on every rank, tensors in fp32 on the CPU.
-
-    prompts[i] (P_i,), responses[i] (T_i,) token ids, ends included. keep_mask (R, T) bool: response tokens that are
-    learnt from; what the other tensors hold elsewhere never matters. logprobs, ref_logprobs (R, T): of the policy that
-    answered and of the reference. values (R, T): before each token, None without a critic. scores (R,): of whole
-    responses. groups (R,) int64: responses of the same number answer the same prompt.
-    """
-
-    prompts: list[np.ndarray]
-    responses: list[np.ndarray]
-    keep_mask: Tensor
-    logprobs: Tensor
-    ref_logprobs: Tensor
-    values: Tensor | None
-    scores: Tensor
-    groups: Tensor
-
-    def __len__(self) -> int:
-        return len(self.responses)
 
 
 class ResponseBatch(NamedTuple):

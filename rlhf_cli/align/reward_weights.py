@@ -1,4 +1,4 @@
-"""Reward models of a PPO run: over the policy's frozen base (ppo.sharing=hydra), or with weights of their own."""
+"""Reward models of an aligning run: over the policy's frozen base (sharing: hydra), or with weights of their own."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from rlhf_cli.align.origins import check_base, other_tokenizer
 from rlhf_cli.assemble import Text
 from rlhf_cli.errors import ModelError
 from rlhf_cli.files import digest_tree
 from rlhf_cli.models.hydra import classifier_over, move_own
 from rlhf_cli.models.lora import load_adapter
 from rlhf_cli.models.trainable import multiplied_parameters
-from rlhf_cli.ppo.origins import check_base, other_tokenizer
 from rlhf_cli.reward.open_model import Checked, load_classifier
 from rlhf_cli.run import Run
 from rlhf_cli.rundir import read_manifest
 from rlhf_cli.runtime.distributed import broadcast_object
 from rlhf_cli.runtime.frozen import Borrowed, Frozen, Home, SharedWeights
-from rlhf_cli.schema import PpoConfig, RewardSourceConfig
+from rlhf_cli.schema import AlignedConfig, RewardSourceConfig
 
 
 @dataclass
@@ -34,7 +34,7 @@ class RewardLoader:
     a token is multiplied with.
     """
 
-    config: PpoConfig
+    config: AlignedConfig
     text: Text
     run: Run
     policy: str
@@ -46,7 +46,7 @@ class RewardLoader:
 
     def __call__(self, source: RewardSourceConfig, checked: Checked, device: torch.device) -> nn.Module:
         """Raises ModelError for an adapter that does not fit the shared base."""
-        hydra = self.config.ppo.sharing == "hydra"
+        hydra = self.config.algorithm.sharing == "hydra"
         if hydra and checked.found.base is not None:
             model = self._over_base(source, checked, device)
             assert self.shared is not None
@@ -70,15 +70,16 @@ class RewardLoader:
 
     def _check(self, source: RewardSourceConfig, checked: Checked) -> None:
         key = next(f"reward.sources[{i}]" for i, s in enumerate(self.config.reward.sources) if s is source)
-        check_base(checked.found, key, self.policy, self._policy_digest)
+        check_base(checked.found, key, self.config.stage, self.policy, self._policy_digest)
         if source.dtype not in ("auto", self.config.model.dtype):
             raise ModelError(
-                f"{key}.dtype: {source.dtype}, but with ppo.sharing=hydra the reward model uses the policy's weights"
-                f" (model.dtype={self.config.model.dtype}); leave it at auto"
+                f"{key}.dtype: {source.dtype}, but with {self.config.stage}.sharing=hydra the reward model uses the"
+                f" policy's weights (model.dtype={self.config.model.dtype}); leave it at auto"
             )
         differs = other_tokenizer(self.text, checked.found.path, source.revision, source.trust_remote_code)
         if differs:
-            raise ModelError(f"{key}.path: {source.path} {differs}; ppo.sharing=hydra shares the embeddings")
+            stage = self.config.stage
+            raise ModelError(f"{key}.path: {source.path} {differs}; {stage}.sharing=hydra shares the embeddings")
 
     @cached_property
     def _policy_digest(self) -> str | None:

@@ -1,20 +1,15 @@
-"""What each model of a PPO run starts from: found and checked before any weights are loaded."""
+"""What the critic of a PPO run starts from: found and checked before any weights are loaded."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
+from rlhf_cli.align.origins import other_tokenizer
 from rlhf_cli.assemble import Text
 from rlhf_cli.errors import ModelError
-from rlhf_cli.files import digest_tree
-from rlhf_cli.models.load import read_config
 from rlhf_cli.models.reward import load_reward_config
-from rlhf_cli.models.tokenizer import ensure_pad, load_tokenizer, tokenizer_digest
 from rlhf_cli.reward.locate import Located, locate
 from rlhf_cli.reward.open_model import head_rows
 from rlhf_cli.runtime.manifest import model_dir
@@ -31,70 +26,13 @@ class CriticOrigin(NamedTuple):
     about: str
 
 
-class Origins(NamedTuple):
-    """Directories or hub ids. reference: None = the policy's own weights without its adapter; critic: None = none."""
+def find_critic(config: PpoConfig, text: Text | None, policy: str) -> CriticOrigin | None:
+    """policy: directory or hub id; text: as for align.origins.find_origins. None without a critic.
 
-    policy: str
-    reference: str | None
-    critic: CriticOrigin | None
-
-
-def find_origins(config: PpoConfig, text: Text | None) -> Origins:
-    """text: the policy's, which others must agree with; None to leave that out (a dry run has configs only).
-
-    Raises ModelError for a model that is missing, of another kind, or whose tokenizer is another one.
+    Raises ModelError for a model that cannot be one.
     """
-    assert config.model.path is not None, "checked by the schema"
-    policy = model_dir(config.model.path)[0]
-    reference = None if config.lora.enabled else policy
-    if config.ppo.ref is not None:
-        reference = model_dir(config.ppo.ref)[0]
-        if text is not None:
-            differs = other_tokenizer(text, reference, None, config.model.trust_remote_code)
-            if differs:
-                raise ModelError(f"ppo.ref: {config.ppo.ref} {differs}; KL compares the two token by token")
-    return Origins(policy, reference, _critic(config, text, policy) if config.ppo.has_critic else None)
-
-
-def check_base(found: Located, key: str, policy: str, policy_digest: str | None) -> None:
-    """Raise ModelError unless a reward adapter was trained on the policy's very weights (ppo.sharing=hydra).
-
-    policy: directory or hub id; policy_digest: of that directory, None for a hub id.
-    """
-    assert found.base is not None
-    base, ours = Path(found.base).expanduser(), Path(policy).expanduser()
-    if not base.is_dir() or not ours.is_dir():
-        same = found.base == policy
-    elif found.base_digest is not None:
-        same = found.base_digest == policy_digest
-    else:
-        same = base.resolve() == ours.resolve() or digest_tree(base) == policy_digest
-    if not same:
-        raise ModelError(
-            f"{key}.path: {found.path} is an adapter of {found.base}, but ppo.sharing=hydra needs one that was trained"
-            f" on the policy's own weights, {policy} as it is now: train it there (`rlhf rm` from that model with"
-            " lora=r16), or merge it (rlhf merge-lora) and use ppo.sharing=separate"
-        )
-
-
-def other_tokenizer(text: Text, path: str, revision: str | None, trust_remote_code: bool) -> str | None:
-    """What is wrong with the tokenizer of a model that will read the policy's tokens; None = it is the same."""
-    try:
-        theirs = _digest(load_tokenizer(path, revision, trust_remote_code))
-    except ModelError as error:
-        return f"has no tokenizer that could be compared ({error})"
-    if theirs != _digest(text.tokenizer):
-        return "has another tokenizer than the policy"
-    return None
-
-
-def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    own = copy.deepcopy(tokenizer)
-    ensure_pad(own)
-    return tokenizer_digest(own)
-
-
-def _critic(config: PpoConfig, text: Text | None, policy: str) -> CriticOrigin:
+    if not config.ppo.has_critic:
+        return None
     wanted = config.ppo.critic
     from_policy = CriticOrigin(policy, config.model.revision, None, "the policy's weights with a new head")
     if wanted == "policy":
@@ -169,8 +107,3 @@ def _classifier_config(path: str, revision: str | None, config: PpoConfig) -> An
 def critic_config(config: PpoConfig, origin: CriticOrigin) -> Any:
     """The transformers config of the critic."""
     return load_reward_config(origin.path, origin.revision, config.model.trust_remote_code)
-
-
-def source_config(source: RewardSourceConfig, found: Located) -> Any:
-    """The transformers config of a reward model; of an adapter that of its base."""
-    return read_config(found.base or found.path, source.revision, source.trust_remote_code)

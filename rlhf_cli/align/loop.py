@@ -1,4 +1,4 @@
-"""The PPO loop: iterations with their figures, evaluations, alarms, checkpoints, stops.
+"""The loop that ppo and raft share: iterations with their figures, evaluations, alarms, checkpoints, stops.
 
 An iteration is a function of its number, the weights and the state: prompts by a cursor, noise and orders by hashes of
 the seed. So a checkpoint after any iteration is all that a resumed run needs to repeat the uninterrupted one.
@@ -10,15 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rlhf_cli.align import checkpoints
+from rlhf_cli.align.alarms import explain, find_alarms
+from rlhf_cli.align.collect import CollectingFailed, Collector
+from rlhf_cli.align.evaluate import Evaluation, evaluate
+from rlhf_cli.align.state import AlignState
 from rlhf_cli.loop import StopAsked
-from rlhf_cli.ppo import checkpoints
-from rlhf_cli.ppo.alarms import explain, find_alarms
-from rlhf_cli.ppo.collect import CollectingFailed, Collector
-from rlhf_cli.ppo.evaluate import Evaluation, evaluate
-from rlhf_cli.ppo.iteration import Done, iterate
-from rlhf_cli.ppo.ptx import PtxTerm
-from rlhf_cli.ppo.samples import write_samples
-from rlhf_cli.ppo.state import PpoState
 from rlhf_cli.run import prune_best, save_best
 from rlhf_cli.runtime.distributed import any_rank
 from rlhf_cli.runtime.metrics import MetricsLog
@@ -27,19 +24,31 @@ Ending = Literal["finished", "halted", "interrupted"]
 
 
 @dataclass
+class Turn:
+    """What an iteration leaves. line: its figures, `step` is its number; shown: those beside the bar; alarms: of its
+    own, name -> what is wrong; show_samples: called when it is time to, on rank 0."""
+
+    line: dict[str, Any]
+    shown: dict[str, str]
+    alarms: dict[str, str]
+    show_samples: Callable[[MetricsLog], None]
+
+
+@dataclass
 class Loop:
-    """log: None on other ranks than 0. flops: see iterate."""
+    """iterate: one iteration; brings the state forward, or raises StopAsked with a state that a checkpoint can go on
+    from. log: None on other ranks than 0. keeps_best: the weights of the best evaluation are kept."""
 
     collector: Collector
     evaluation: Evaluation
-    ptx: PtxTerm | None
+    iterate: Callable[[], Turn]
     log: MetricsLog | None
-    flops: Callable[[int, int], float]
+    keeps_best: bool
 
-    def run(self, state: PpoState) -> Ending:
+    def run(self, state: AlignState) -> Ending:
         """From state.iteration to the last one, or to an alarm that stops. When interrupted, a checkpoint is there."""
         run, config = self.collector.run, self.collector.config
-        total = config.ppo.num_iterations
+        total = config.algorithm.num_iterations
         if run.display is not None:
             run.display.start(state.iteration, total, "iteration")
         while True:
@@ -47,7 +56,7 @@ class Loop:
                 self._settle(state)
                 if state.iteration >= total or state.halted:
                     break
-                done = iterate(self.collector, state, self.ptx, self.flops)
+                turn = self.iterate()
             except StopAsked:
                 self._save(state)
                 return "interrupted"
@@ -55,7 +64,7 @@ class Loop:
                 if state.iteration:  # what failed, a server for one, may come back
                     self._save(state)
                 raise
-            self._after(done, state)
+            self._after(turn, state)
             stop = any_rank(bool(run.process.watch.requested))
             if stop or (config.train.save_every and state.iteration % config.train.save_every == 0):
                 self._save(state)
@@ -65,7 +74,7 @@ class Loop:
             self._save(state)
         return "halted" if state.halted else "finished"
 
-    def _settle(self, state: PpoState) -> None:
+    def _settle(self, state: AlignState) -> None:
         """Evaluate if it is time to, and write the last iteration's line. Raises StopAsked; may be called again."""
         if self._due(state) and state.evaluated != state.iteration:
             figures = evaluate(self.evaluation, self.collector, state.iteration)
@@ -76,20 +85,19 @@ class Loop:
                 self.log.write(state.line)
             state.line = None
 
-    def _due(self, state: PpoState) -> bool:
+    def _due(self, state: AlignState) -> bool:
         if not self.evaluation:
             return False
         settings = self.collector.config
-        last = state.iteration >= settings.ppo.num_iterations or state.halted
+        last = state.iteration >= settings.algorithm.num_iterations or state.halted
         every = settings.train.eval_every
         return last or state.iteration == 0 or (every > 0 and state.iteration % every == 0)
 
-    def _note_evaluation(self, figures: dict[str, float], state: PpoState) -> None:
+    def _note_evaluation(self, figures: dict[str, float], state: AlignState) -> None:
         run = self.collector.run
-        run.say(
-            f"evaluation after iteration {state.iteration}: "
-            + "  ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in figures.items())
-        )
+        shown = {name.removeprefix("eval_"): value for name, value in figures.items() if name.startswith("eval_")}
+        said = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+        run.say(f"evaluation after iteration {state.iteration}: {said}")
         state.evaluated, state.last_eval = state.iteration, figures
         state.first_eval = state.first_eval or figures
         better = figures.get("eval_reward", float("-inf")) > state.best_eval.get("eval_reward", float("-inf"))
@@ -99,47 +107,25 @@ class Loop:
             if run.ranks.is_main:
                 prune_best(run.run_dir, newest=state.iteration)
 
-    @property
-    def keeps_best(self) -> bool:
-        """Whether the best policy so far is kept for an alarm that ends the run."""
-        return self.collector.config.ppo.alarms.action == "stop"
-
-    def _after(self, done: Done, state: PpoState) -> None:
+    def _after(self, turn: Turn, state: AlignState) -> None:
         """Show an iteration, and look for alarms."""
         run, config = self.collector.run, self.collector.config
-        line: dict[str, Any] = done.line
-        state.line = line
-        if done.warning is not None:
-            line["alarm/negative_kl"] = 1.0
-            if "negative_kl" not in state.raised:
-                state.raised.append("negative_kl")
-                run.say(f"alarm negative_kl: {done.warning}")
-        alarms = find_alarms(state.watched, config.ppo.alarms)
-        for name, what in alarms.items():
-            line[f"alarm/{name}"] = 1.0
+        settings = config.algorithm.alarms
+        state.line = turn.line
+        found = find_alarms(state.watched, settings, config.stage)
+        said = turn.alarms | {name: explain(what, config.stage) for name, what in found.items()}
+        for name, what in said.items():
+            turn.line[f"alarm/{name}"] = 1.0
             if name not in state.raised:
                 state.raised.append(name)
-                run.say(explain(name, what))
-        if alarms and self.keeps_best:
+                run.say(f"alarm {name}: {what}")
+        if found and settings.action == "stop":
             state.halted = True
         if run.display is not None:
-            run.display.step(state.iteration, _shown(line))
+            run.display.step(state.iteration, turn.shown)
         every = config.logging.log_samples_every
         if every and self.log is not None and (state.iteration - 1) % every == 0:
-            write_samples(done.answers, done.judged, done.experience, state.iteration - 1, run, self.log)
+            turn.show_samples(self.log)
 
-    def _save(self, state: PpoState) -> None:
+    def _save(self, state: AlignState) -> None:
         checkpoints.save(self.collector.models, state, self.collector.run)
-
-
-def _shown(line: dict[str, Any]) -> dict[str, str]:
-    """The figures of an iteration beside the bar."""
-    seconds = [line[f"perf/{phase}_s"] for phase in ("generate", "score", "train")]
-    total = sum(seconds) or 1.0
-    return {
-        "reward": f"{line['objective/scores']:.3f}",
-        "KL": f"{line['objective/kl']:.2f}",
-        "length": f"{line['text/length']:.0f}",
-        "tokens/s": f"{line['perf/tokens_per_s']:,.0f}",
-        "generate/score/train": "/".join(f"{100 * part / total:.0f}" for part in seconds) + " %",
-    }
