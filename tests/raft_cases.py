@@ -12,21 +12,67 @@ from typing import Any
 from unittest import mock
 
 import torch
+from safetensors.torch import load_file
 
 from rlhf_cli.align import collect, loop
 from rlhf_cli.config.compose import compose_stage
 from rlhf_cli.config.freeze import freeze
+from rlhf_cli.errors import RlhfError
 from rlhf_cli.raft import iteration, samples, tune
 from rlhf_cli.raft.record import Record
 from rlhf_cli.rollout import sampler
 from rlhf_cli.runtime import checkpoint
 from rlhf_cli.runtime.distributed import Ranks, barrier
+from rlhf_cli.runtime.metrics import read_metrics
 from rlhf_cli.runtime.process import RankProcess
 from rlhf_cli.runtime.stop import StopWatch
 from rlhf_cli.stages import raft
+from tests.ppo_models import write_policy_run
+from tests.stage_cases import write_letter_reward, write_prompts
 from tests.stop_cases import Killed, watch_of
 
 Call = Callable[..., Any]
+Weights = dict[str, torch.Tensor]
+
+
+class Given:
+    """A tiny random policy, prompts, and a function that likes the letter e."""
+
+    def __init__(self, root: Path):
+        self.policy, self.prompts = write_policy_run(root / "policy"), write_prompts(root / "prompts.jsonl")
+        self.letters = write_letter_reward(root)
+
+    def words(self, **more: Any) -> list[str]:
+        return raft_words(self.policy, self.prompts, self.letters, **more)
+
+
+# --- in a run directory
+
+
+def trail(run_dir: Path, iteration: int, name: str = "generated") -> list[dict[str, Any]]:
+    path = run_dir / "samples" / f"iteration_{iteration:02d}" / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    """Of whole iterations; there is one more in front where prompts are held out."""
+    return [line for line in read_metrics(run_dir) if line["step"]]
+
+
+def weights(run_dir: Path, model: str = "model") -> Weights:
+    name = "adapter_model" if (run_dir / model / "adapter_model.safetensors").is_file() else "model"
+    return load_file(run_dir / model / f"{name}.safetensors")
+
+
+def equal(one: Weights, two: Weights) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def said(run_dir: Path) -> str:
+    return run_dir.with_name(f"{run_dir.name}.said").read_text()
+
+
+# --- on the ranks
 
 
 def raft_words(policy: Path, prompts: Path, sources: str, **more: Any) -> list[str]:
@@ -69,7 +115,7 @@ def run_raft(ranks: Ranks, run_dir: str, overrides: list[str], plots: bool = Fal
         patches.enter_context(_noted(where.with_name(f"{where.name}.done"), ranks.rank))
         patches.enter_context(mock.patch.object(samples, "PART", 4))
         if not plots:  # as long again
-            patches.enter_context(mock.patch.object(raft, "plot_ranking", lambda *_: None))
+            patches.enter_context(mock.patch.object(raft, "plot_ranking", return_value=None))
         try:
             return raft.rank_and_tune(composed.config, where, process, ranks)
         finally:
@@ -87,7 +133,8 @@ def _composed(overrides: tuple[str, ...]) -> Any:
 
 @contextmanager
 def _noted(folder: Path, rank: int) -> Iterator[None]:
-    """Every response that ended, by the number its noise is hashed with, and every part that was scored."""
+    """Every response that ended and is on disk, by the number its noise is hashed with, and every part that was
+    scored."""
     folder.mkdir(exist_ok=True)
     generate, judge, judge_all, scoring = collect.generate, collect.Collector.judge, samples._judge, []
 
@@ -97,8 +144,8 @@ def _noted(folder: Path, rank: int) -> Iterator[None]:
 
     def generated(model: Any, tokenizer: Any, requests: Sequence[Any], *args: Any, ended: Call, **more: Any) -> Any:
         def ends(number: int, response: Any) -> None:
-            note("generated", requests[number].sample)
             ended(number, response)
+            note("generated", requests[number].sample)
 
         return generate(model, tokenizer, requests, *args, ended=ends, **more)
 
@@ -130,6 +177,15 @@ def done_in(run_dir: Path, kind: str) -> list[Any]:
     files = sorted(run_dir.with_name(f"{run_dir.name}.done").glob(f"{kind}_{ranks}.jsonl"))
     found = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return [what for what in found if kind != "generated" or what < collect.EVALUATION]
+
+
+def run_raft_refused(ranks: Ranks, run_dir: str, overrides: list[str]) -> str:
+    """What a user reads who starts this."""
+    try:
+        run_raft(ranks, run_dir, overrides)
+    except RlhfError as error:
+        return str(error)
+    raise AssertionError("nothing was wrong")
 
 
 PLACES: dict[str, tuple[Any, str]] = {

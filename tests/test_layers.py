@@ -47,7 +47,9 @@ ALLOWED = {
     "ppo": TRAINING | {"assemble", "estimate", "rollout", "reward", "align"},
     "raft": TRAINING | {"assemble", "estimate", "rollout", "reward", "align"},
     "comparison_objective": TRAINING | {"assemble", "judgement"},
-    "stages": TRAINING | {"assemble", "training", "lm_objective", "comparison_objective", "reward", "align", "ppo", "raft"},
+    "stages": TRAINING
+    | {"assemble", "training", "lm_objective", "comparison_objective", "reward", "align"}
+    | {"ppo", "raft"},
     "worker": BOTH | {"stages", "runtime"},
 }
 FRONT = BOTH | {"config", "launch", "job", "sweep", "help", "cli", "api", "__main__", "__init__"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from rlhf_cli.data.prompts import Prompt
 from rlhf_cli.data.rows import Message
 from rlhf_cli.data.templates import TEMPLATES
 from rlhf_cli.raft.figures import diversity_figures, reward_figures
+from rlhf_cli.raft.models import Models
 from rlhf_cli.raft.samples import Samples, unselected
 from rlhf_cli.raft.selection import describe_choice, select, training_rows
 from rlhf_cli.reward.answers import writer_of
@@ -23,7 +25,7 @@ from rlhf_cli.rollout.sampler import Response
 from rlhf_cli.rollout.stops import Ending
 from rlhf_cli.schema import RaftConfig, build
 from tests.data_tokenizers import byte_bpe, sentencepiece_like
-from tests.tiny_models import tiny_tokenizer
+from tests.tiny_models import tiny_model, tiny_tokenizer
 
 LETTERS = tiny_tokenizer()
 
@@ -47,7 +49,7 @@ def response(text: str, ending: Ending = "length", tokenizer: Any = LETTERS, sto
 
 def prompt(text: str = "to", dialogue: bool = False, tokenizer: Any = LETTERS) -> Prompt:
     ids = np.array(tokenizer(text, add_special_tokens=False).input_ids, np.int32)
-    return Prompt((Message("user", text),) if dialogue else None, text, ids, {}, "p:1")
+    return Prompt(ids, (Message("user", text),) if dialogue else None, text, {}, "p:1")
 
 
 def samples(
@@ -61,7 +63,7 @@ def samples(
     return Samples(answers, Judged(reward, hits, {"own": reward}), measured, -10 - measured, 7)
 
 
-TEXTS, REWARDS = ["ab", "cd", "ef", "gh", "ij", "kl"], [1.0, 3.0, 2.0, 6.0, 5.0, 4.0]
+TEXTS, REWARDS = ["as", "cd", "ef", "ho", "in", "kl"], [1.0, 3.0, 2.0, 6.0, 5.0, 4.0]
 HASH = {"pattern": "#", "name": "hash"}
 
 
@@ -85,17 +87,17 @@ def test_kl_takes_from_the_reward() -> None:
     # 1 - 0, 3 - 1.5, 2 - 0.25; 6 + 0.5, 5 - 2.5, 4 - 4.5
     assert found.scores.tolist() == [1.0, 1.5, 1.75, 6.5, 2.5, -0.5]
     assert found.chosen.tolist() == [2, 3]
-    assert [row["score"] for row in describe_choice(found, given)] == found.scores.tolist()
+    assert [row["score"] for row in describe_choice(found, given, settings)] == found.scores.tolist()
     assert select(given, config()).chosen.tolist() == [1, 3], "without kl_coef it only is watched"
 
 
 def test_what_a_rule_discards_is_never_chosen() -> None:
     settings = config([HASH])
-    given = samples(settings, ["ab", "c#", "ef", "#", "i#", "##"], REWARDS)
+    given = samples(settings, ["as", "c#", "ef", "#", "i#", "##"], REWARDS)
     found = select(given, settings)
     assert found.chosen.tolist() == [2], "the second of the first prompt; the other prompt has none left"
     assert found.num_skipped(given.groups) == 1
-    rows = describe_choice(found, given)
+    rows = describe_choice(found, given, settings)
     assert [row["kept"] for row in rows] == [False, False, True, False, False, False]
     assert [row["why_not"] for row in rows][:3] == ["others rank higher", "discarded: hash", None]
     assert [row["rank"] for row in rows] == [2, None, 1, None, None, None]
@@ -124,26 +126,26 @@ def test_the_score_of_a_rule_stands_for_the_reward() -> None:
 def test_soft_weights_within_a_prompt_and_among_all() -> None:
     rewards = [0.0, math.log(3), -100.0, 1.0, 1.0, 1.0]
     local = config([HASH], soft_temperature=1.0)
-    given = samples(local, ["ab", "cd", "ef", "gh", "i#", "kl"], rewards)
+    given = samples(local, ["as", "cd", "ef", "gh", "i#", "kl"], rewards)
     found = select(given, local)
     # 1 : 3 : e^-100, which is not worth its pass; 1 : discarded : 1
     assert found.chosen.tolist() == [0, 1, 3, 5]
     assert found.weights is not None
     assert found.weights.tolist() == pytest.approx([0.25, 0.75, 0.5, 0.5])
-    assert [row.get("weight") for row in describe_choice(found, given)] == [
+    assert [row.get("weight") for row in describe_choice(found, given, local)] == [
         *found.weights.tolist()[:2], None, found.weights[2].item(), None, found.weights[3].item()
     ]  # fmt: skip
     # (0.25 x 0 + 0.75 x ln 3 + 0.5 x 1 + 0.5 x 1) / 2
     assert reward_figures(given, found, local)["raft/reward_selected"] == pytest.approx((0.75 * math.log(3) + 1) / 2)
     top = config([HASH], soft_temperature=2.0, strategy="top")
-    found = select(samples(top, ["ab", "cd", "ef", "gh", "i#", "kl"], rewards), top)
+    found = select(samples(top, ["as", "cd", "ef", "gh", "i#", "kl"], rewards), top)
     assert found.weights is not None
     raw = [1.0, math.sqrt(3), math.exp(0.5), math.exp(0.5)]  # exp(reward / 2) of those that are left
     assert found.weights.tolist() == pytest.approx([w / sum(raw) for w in raw])
 
 
 def test_figures_of_what_the_policy_writes() -> None:
-    """The first to each prompt, whatever its rank: `ab` of 1 and `gh` of 6."""
+    """The first to each prompt, whatever its rank: `as` of 1 and `ho` of 6."""
     settings = config()
     given = samples(settings, TEXTS, REWARDS, [0.5, math.nan, math.nan, 1.5, math.nan, math.nan])
     selection = select(given, settings)
@@ -159,10 +161,19 @@ def test_figures_of_what_the_policy_writes() -> None:
     assert figures["raft/perplexity"] == pytest.approx(math.exp(22 / 4))
     texts = diversity_figures(given, selection, settings, LETTERS, len(LETTERS))
     assert texts["raft/length"] == 2
-    assert texts["raft/unique_1"] == 4, "a b g h"
+    assert texts["raft/unique_1"] == 4, "a s h o"
     assert texts["raft/entropy_1"] == 2.0
     assert texts["raft/distinct_2_selected"] == 1.0
     assert list(unselected(config(strategy="top"))) == list(range(6))
+
+
+def test_the_work_of_an_iteration_by_hand() -> None:
+    """Each weight is 2 FLOPs for a token that is read or written, and 6 for one that is trained; embeddings are looked
+    up."""
+    model = tiny_model()
+    weights = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
+    models: Any = SimpleNamespace(policy=SimpleNamespace(module=model), read_params=1000)
+    assert Models.work(models, 7, 5) == 7 * 2 * (weights + 1000) + 5 * 6 * weights
 
 
 # --- tokens
@@ -188,15 +199,15 @@ def rows(
     ("length", False, 0),
 ])  # fmt: skip
 def test_the_response_is_trained_and_its_end(ending: Ending, always: bool, eos: int) -> None:
-    found = response("be all", ending, stop="!?")
+    found = response("we all", ending, stop="!?")
     ((before, trained),) = rows([Answer(prompt("speak"), found, 0)], always=always)
     assert LETTERS.decode(before) == "speak"
-    assert trained == LETTERS("be all").input_ids + [LETTERS.eos_token_id] * eos
+    assert trained == LETTERS("we all").input_ids + [LETTERS.eos_token_id] * eos
     assert trained.count(LETTERS.eos_token_id) == eos
 
 
 def test_no_letter_of_a_stop_string_that_begins_inside_a_token() -> None:
-    """`floor` and a stop string `or` with a tokenizer that writes ` floor` in one token: the text is tokenised again."""
+    """` floor` is one token, the stop string is `or`: the text is tokenised again."""
     tokenizer = byte_bpe()
     (token,) = tokenizer(" floor").input_ids
     cut = Response(np.array([token], np.int32), " flo", None, "stop")
@@ -234,5 +245,5 @@ def test_a_dialogue_is_closed_as_its_template_does() -> None:
 
 
 def test_rows_end_where_the_models_positions_do() -> None:
-    found = rows([Answer(prompt("speak"), response("be all"), 0)], longest=8)
-    assert [(LETTERS.decode(before), LETTERS.decode(trained)) for before, trained in found] == [("speak", "be ")]
+    found = rows([Answer(prompt("speak"), response("we all"), 0)], longest=8)
+    assert [(LETTERS.decode(before), LETTERS.decode(trained)) for before, trained in found] == [("speak", "we ")]

@@ -61,7 +61,7 @@ def evaluate(evaluation: Evaluation, collector: Collector, iteration: int) -> di
         answers = [Answer(evaluation.prompts[i], response, i) for i, response in responses.items()]
         judged = collector.judge(answers)
         figures |= _answer_figures(answers, judged)
-        if config.stage == "raft":  # under the name that its other rewards have
+        if config.stage == "raft" and "eval_reward" in figures:  # under the name that its other rewards have
             figures |= {f"raft/reward_eval{end}": figures[f"eval_reward{end}"] for end in ("", "_stderr")}
         if run.ranks.is_main:
             _write_answers(answers, judged, run, iteration)
@@ -73,14 +73,15 @@ def evaluate(evaluation: Evaluation, collector: Collector, iteration: int) -> di
 
 
 def _answer_figures(answers: Sequence[Answer], judged: Judged) -> dict[str, float]:
+    """No reward without a source."""
     count, scores = len(answers), judged.with_rules(judged.reward)
     tokens = [a.response.token_ids[: a.response.num_text_tokens].tolist() for a in answers]
-    figures = {
-        "eval_reward": scores.mean().item(),
-        "eval_reward_stderr": scores.std().item() / math.sqrt(count) if count > 1 else 0.0,
-        "eval_length": sum(len(a.response.token_ids) for a in answers) / count,
-        "eval_distinct_2": distinct_n(tokens, 2),
-    }
+    figures = {}
+    if judged.by_source:
+        figures["eval_reward"] = scores.mean().item()
+        figures["eval_reward_stderr"] = scores.std().item() / math.sqrt(count) if count > 1 else 0.0
+    figures["eval_length"] = sum(len(a.response.token_ids) for a in answers) / count
+    figures["eval_distinct_2"] = distinct_n(tokens, 2)
     figures |= {f"eval_reward/{name}": values.mean().item() for name, values in judged.by_source.items()}
     return figures | {f"eval_rules/{name}": hit.double().mean().item() for name, hit in judged.rules.hits.items()}
 
@@ -92,7 +93,7 @@ def _write_answers(answers: Sequence[Answer], judged: Judged, run: Run, iteratio
             "iteration": iteration,
             "prompt": answer.prompt.text,
             "response": answer.response.text,
-            "score": scores[i].item(),
+            **({"score": scores[i].item()} if judged.by_source else {}),
             **{f"reward/{name}": values[i].item() for name, values in judged.by_source.items()},
             "ending": answer.response.ending,
         }

@@ -50,7 +50,7 @@ def iterate(collector: Collector, config: RaftConfig, models: Models, state: Raf
     clock.lap("train")
     written = sum(len(answer.response.token_ids) for answer in samples.answers)
     in_all = written + sum(len(answer.prompt.token_ids) for answer in samples.answers)
-    work = models.work(written, in_all, trained) / peak_flops if samples.num_written else 0.0
+    work = models.work(in_all, trained) / peak_flops if samples.num_written else 0.0
     _advance(state, config, rewards, texts, int(tuned.pop("steps")), written, clock.total)
     line = {
         "step": state.iteration, "episode": state.episodes, "optimizer_steps": state.steps, **rewards, **texts, **tuned,
@@ -82,7 +82,7 @@ def _selected(
     samples = make_samples(collector, config, models, record, state, clock)
     selection = select(samples, config)
     if run.ranks.is_main:
-        rows = to_rows(samples, describe_choice(selection, samples))
+        rows = to_rows(samples, describe_choice(selection, samples, config))
         record.finish(rows, [row for row in rows if row["kept"]])
     barrier()
     clock.lap("score")

@@ -26,9 +26,9 @@ class Models(align.Models):
 
     config: RaftConfig
 
-    def work(self, written: int, in_all: int, trained: int) -> float:
-        """FLOPs of an iteration: `written` response tokens, in_all with their prompts, of which the reward models read
-        all; `trained` of all passes of the fine-tuning. See runtime.flops."""
+    def work(self, in_all: int, trained: int) -> float:
+        """FLOPs of an iteration. in_all: tokens of responses with their prompts, which the reward models read, too;
+        trained: of all passes of the fine-tuning. See runtime.flops."""
         counted = multiplied_parameters(self.policy.module)
         writing = 2.0 * counted.total * in_all
         return writing + 2.0 * self.read_params * in_all + trained * flops_per_token(*counted)

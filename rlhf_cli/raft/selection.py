@@ -19,6 +19,7 @@ from rlhf_cli.data.tokenize import encode_pieces, make_encoder
 from rlhf_cli.ops.ranking import response_ranks, select_top, soft_weights
 from rlhf_cli.raft.record import Row
 from rlhf_cli.raft.samples import Samples
+from rlhf_cli.reward.rules import rule_names
 from rlhf_cli.schema import RaftConfig
 
 NEGLIGIBLE = 1e-6  # a smaller soft weight is not worth its forward pass
@@ -57,18 +58,21 @@ def select(samples: Samples, config: RaftConfig) -> Selection:
     return Selection(scores, ranks, chosen, weights[chosen])
 
 
-def describe_choice(selection: Selection, samples: Samples) -> list[Row]:
+def describe_choice(selection: Selection, samples: Samples, config: RaftConfig) -> list[Row]:
     """For each response: what it was ranked by, its rank, whether it is learnt from, and if not, why."""
     kept = set(selection.chosen.tolist())
+    of_config = config.reward.rules
+    final = {name for name, rule in zip(rule_names(of_config), of_config, strict=True) if rule.action == "discard"}
     rows: list[Row] = []
     for i, score in enumerate(selection.scores.tolist()):
         discarded = score == float("-inf")
         rules = [name for name, hit in samples.judged.rules.hits.items() if hit[i]]
+        reasons = ", ".join(name for name in rules if name in final)
         row: Row = {
             "score": None if discarded else score,
             "rank": None if discarded else int(selection.ranks[i]),
             "kept": i in kept,
-            "why_not": None if i in kept else f"discarded: {', '.join(rules)}" if discarded else "others rank higher",
+            "why_not": None if i in kept else f"discarded: {reasons}" if discarded else "others rank higher",
             "rules": rules,
         }
         rows.append(row)

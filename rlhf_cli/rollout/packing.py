@@ -1,8 +1,9 @@
 """Linear layers of a rollout on a CPU, with their weights in the order in which oneDNN's kernels read them.
 
-A step multiplies a few rows with every matrix of the model, so that arranging a matrix for the kernel costs as much as
-using it; torch's own product does so in each call (measured on two cores with AVX-512, all products of a step of 5 M
-weights: fp32 5.0 ms and 3.3 ms packed for 32 rows, 4.5 ms and 1.6 ms for 5 rows; bf16 2.6 ms and 2.0 ms for 32).
+A step multiplies a few rows with every matrix of the model. Measured on two AMD cores with AVX-512, all products of a
+step of 5 M weights, torch's own and packed: fp32 5.0 ms and 3.3 ms for 32 rows, 4.5 ms and 1.6 ms for 5 rows; bf16
+2.6 ms and 2.0 ms for 32. In fp32 torch calls MKL, so part of the gain is oneDNN's kernel (3.1 ms for 5 rows without
+packing) and may be another on Intel; in bf16 torch calls oneDNN, too, and packing is all of it.
 
 The operators are the ones that torch's compiler puts into frozen CPU graphs; tests/test_rollout_packing.py says so if
 they move.

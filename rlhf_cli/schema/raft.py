@@ -39,8 +39,8 @@ class RankingConfig(AlignmentConfig):
     optimizer: Literal["fresh", "continue"] = opt(
         "fresh", "in each iteration: a new optimizer and schedule, or those of the iteration before, going on"
     )
-    train_eos: Literal["always", "ended"] = opt(
-        "always", "responses that are trained with an EOS: all, or those that came to an end by themselves"
+    train_eos: Literal["ended", "always"] = opt(
+        "ended", "responses that are trained with an EOS: those that came to an end, or also those cut by their limit"
     )
     result: Literal["best", "last"] = opt(
         "best", "which policy is the run's model: best by reward on held-out prompts, or last; the other is kept beside"

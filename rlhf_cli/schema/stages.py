@@ -193,8 +193,9 @@ class RaftConfig(AlignedConfig):
 
     def check(self) -> Iterator[Problem]:
         yield from super().check()
-        if not self.has_held_out:
-            yield from unread(self.raft, ("result",), "data.validation_split_percentage or data.eval_path", "raft.")
+        if not (self.has_held_out and self.reward.sources):
+            reader = "reward.sources, and data.validation_split_percentage or data.eval_path,"
+            yield from unread(self.raft, ("result",), reader, "raft.")
 
 
 @dataclass

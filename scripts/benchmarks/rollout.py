@@ -127,16 +127,16 @@ def measure(options: argparse.Namespace, shape: Shape, dtype: torch.dtype, devic
     found = {name: Speed([], []) for name in options.programs}
     for run in range(-1, options.runs):
         tasks = programs.fixed_task(shape, run + 1), programs.ragged_task(shape, run + 1)
-        for name in list(found):
-            try:
-                rates = [rate(name, model, tokenizer, shape, task, run + 1, clock) for task in tasks]
-            except Exception as error:  # a backend that cannot run here: said, and the others go on
-                print(f"{name}: left out: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
-                del found[name]
-                continue
-            if run >= 0:
-                found[name].fixed.append(rates[0])
-                found[name].ragged.append(rates[1])
+        for kind, task in zip(Speed._fields, tasks, strict=True):
+            for name in list(found):
+                try:
+                    speed = rate(name, model, tokenizer, shape, task, run + 1, clock)
+                except Exception as error:  # a backend that cannot run here: said, and the others go on
+                    print(f"{name}: left out: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
+                    del found[name]
+                    continue
+                if run >= 0:
+                    getattr(found[name], kind).append(speed)
     return found
 
 
