@@ -52,7 +52,7 @@ def assert_same_run(whole: Path, cut: Path) -> None:
     assert names == ["iteration_01", "iteration_02", "iteration_03"]
 
 
-STOPS = [("write", 1, 7), ("score", 1, 3), ("measure", 1, 1), ("tune", 1, 2), ("evaluate", 1, 1)]
+STOPS = [("write", 1, 7), ("score", 1, 3), ("measure", 1, 1), ("publish", 1, 1), ("tune", 1, 2), ("evaluate", 1, 1)]
 KILLS = [("write", 2, 7), ("score", 1, 3), ("measure", 1, 1), ("publish", 1, 1), ("tune", 1, 2), ("evaluate", 1, 1),
          ("save", 1, 1), ("end", 1, 1)]  # fmt: skip
 
@@ -74,6 +74,9 @@ def test_cut_in_any_phase_it_ends_with_the_same_weights_and_does_nothing_twice(
         assert read_manifest(run_dir)["status"] == ("running" if kill else "interrupted")
         if phase == "write":
             assert len(done_in(run_dir, "generated")) % 16, "in the middle"
+        if phase == "publish" and not kill:
+            steps = [path.name for path in (run_dir / "checkpoints").iterdir() if path.name.startswith("step")]
+            assert steps == ["step_00000000"], "nothing is begun between a request to stop and the stop"
         if phase == "score":
             assert len(done_in(run_dir, "scored")) % 4, "in the middle"
     run_on_ranks(1, RAFT, run_dir=str(run_dir), overrides=overrides)

@@ -76,6 +76,9 @@ def test_the_trail_says_of_each_response_why(rules_run: Path) -> None:
             seen.update(row["why_not"] for row in group)
         assert trail(rules_run, iteration, "selected") == [row for row in rows if row["kept"]]
     assert seen == {None, "others rank higher", "discarded: r"}
+    limits = [{r["sample"]: r["tokens"] for r in trail(rules_run, i) if r["ending"] == "length"} for i in (1, 2)]
+    assert all(4 <= limit <= 10 for of_iteration in limits for limit in of_iteration.values())
+    assert any(limits[0][i] != limits[1][i] for i in limits[0].keys() & limits[1].keys()), "drawn anew"
 
 
 def test_the_figures_are_those_of_the_trail(rules_run: Path) -> None:

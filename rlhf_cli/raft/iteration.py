@@ -131,9 +131,10 @@ def _show(
 ) -> None:
     """Some responses as the policy writes them, with their rank among those that they compete with."""
     count = config.raft.num_candidates if config.raft.strategy == "local" else config.raft.num_samples
+    rewards = samples.judged.with_rules(samples.judged.reward).tolist()
     cells = []
     for i in unselected(config):
         answer, score = samples.answers[i], selection.scores[i].item()
         rank = "discarded" if score == float("-inf") else f"{int(selection.ranks[i])} of {count}"
-        cells.append([answer.prompt.text, answer.response.text, f"{samples.judged.reward[i]:.3f}", rank])
+        cells.append([answer.prompt.text, answer.response.text, f"{rewards[i]:.3f}", rank])
     show_samples(("prompt", "response", "reward", "rank"), cells, iteration, collector.run, log)
