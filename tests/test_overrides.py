@@ -94,7 +94,7 @@ def test_a_label_may_be_a_number_without_quotes() -> None:
 
 
 def test_from_python_a_wrong_stage_is_told_before_anything_starts(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no stage 'merge_lora'; stages: sft, rm, ppo, merge-lora, score"):
+    with pytest.raises(ConfigError, match="no stage 'merge_lora'; stages: sft, rm, ppo, raft, merge-lora, score"):
         api.compose("merge_lora", [])
     config = api.compose(
         "score", ["data.path=a.jsonl", "reward.sources=[{type: rouge}]", f"run_dir={tmp_path / 'run'}"]

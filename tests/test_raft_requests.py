@@ -101,7 +101,7 @@ def test_a_share_that_is_one_of_a_whole_number(made: Path, top_fraction: float) 
         ({"raft.alarms.action": "stop"}, "raft.alarms.action", "hold prompts out"),
         ({"raft.alarms.action": "stop", "train.eval_every": 0} | HELD_OUT, "raft.alarms.action",
          "set train.eval_every"),
-        ({"raft.result": "last"}, "raft.result", "data.validation_split_percentage or data.eval_path only; set that"),
+        ({"raft.result": "last"}, "raft.result", "data.validation_split_percentage or data.eval_path, only; set that"),
         ({"train.eval_every": 2}, "train.eval_every", "or eval.tax_path, only; set that, or leave it at 1"),
         ({"eval.temperature": 0.5}, "eval.temperature", "only; set that, or leave it at 0.3"),
         ({"eval.num_prompts": 8}, "eval.num_prompts", "only; set that, or leave it at 64"),
