@@ -83,7 +83,7 @@ def test_completion_offers_keys_recipes_groups_and_values() -> None:
     complete = lambda *w: rlhf("__complete", *w).stdout.split()
     assert complete("s") == ["sft", "score"]
     assert "optim.lr=" in complete("sft", "optim.")
-    assert complete("sft", "conf=hh_rlhf") == ["conf=hh_rlhf_llama_7b"]
+    assert complete("sft", "conf=hh_rlhf_llama_7") == ["conf=hh_rlhf_llama_7b"]
     assert "deepspeed=zero3" in complete("sft", "conf=x", "deepspeed=z")
     assert complete("sft", "optim.schedule=co") == ["optim.schedule=constant", "optim.schedule=cosine"]
     script = rlhf("completion", "bash").stdout
@@ -91,13 +91,14 @@ def test_completion_offers_keys_recipes_groups_and_values() -> None:
 
 
 def test_completion_works_in_a_shell() -> None:
-    """readline's view of `rlhf sft conf=hh_rl<TAB>`, where = parts words."""
+    """readline's view of `rlhf sft conf=hh_rlhf_llama_7<TAB>`, where = parts words."""
     script = rlhf("completion", "bash").stdout
     program = f"""
 rlhf() {{ {sys.executable} -m rlhf_cli "$@"; }}
 compopt() {{ :; }}
 {script}
-COMP_LINE='rlhf sft conf=hh_rl'; COMP_POINT=${{#COMP_LINE}}; COMP_WORDS=(rlhf sft conf = hh_rl); COMP_CWORD=4
+COMP_LINE='rlhf sft conf=hh_rlhf_llama_7'; COMP_POINT=${{#COMP_LINE}}
+COMP_WORDS=(rlhf sft conf = hh_rlhf_llama_7); COMP_CWORD=4
 _rlhf; echo "${{COMPREPLY[@]}}"
 COMP_LINE='rlhf sft optim.l'; COMP_POINT=${{#COMP_LINE}}; COMP_WORDS=(rlhf sft optim.l); COMP_CWORD=2
 _rlhf; echo "${{COMPREPLY[@]}}"
