@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli import job
 from rlhf_cli.config.compose import compose_stage
 from rlhf_cli.errors import ConfigError, Problem, RunFailed
+from rlhf_cli.report.write import write_report
 from rlhf_cli.rundir import read_manifest
 from rlhf_cli.schema import (
     STAGES,
@@ -75,6 +77,14 @@ def score(config: ScoreConfig) -> Path:
 def metrics(run_dir: Path | str) -> dict[str, float]:
     """The final figures of a finished run."""
     return read_manifest(Path(run_dir)).get("metrics") or {}
+
+
+def report(run_dirs: Sequence[Path | str], out: Path | str = "report.html") -> Path:
+    """One HTML page about runs, given outright or as folders that hold some. Returns its path.
+
+    Raises DataError when there is no run, or when the page cannot be written.
+    """
+    return write_report([Path(place).expanduser() for place in run_dirs], Path(out).expanduser()).path
 
 
 def _run(stage: str, config: Any) -> Path:

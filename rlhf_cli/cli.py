@@ -1,4 +1,4 @@
-"""The command line: `rlhf STAGE [conf=...] [key=value ...]`. Never imports torch; help needs no Hydra either."""
+"""`rlhf STAGE [conf=...] [key=value ...]` and `rlhf report RUN_DIR...`. Never imports torch; help needs no Hydra."""
 
 from __future__ import annotations
 
@@ -51,8 +51,10 @@ def _dispatch(argv: list[str]) -> int:
     if argv[0] == "__complete":
         print("\n".join(help.completions(argv[1:])))
         return EXIT_DONE
+    if argv[0] == "report":
+        return _report(argv[1:])
     if argv[0] not in STAGES:
-        close = difflib.get_close_matches(argv[0], STAGES, n=1)
+        close = difflib.get_close_matches(argv[0], [*STAGES, "report"], n=1)
         hint = f"did you mean `rlhf {close[0]}`? " if close else ""
         raise ConfigError([Problem("", f"no stage {argv[0]!r}; {hint}stages: {', '.join(STAGES)}")])
     return _stage(argv[0], argv[1:])
@@ -77,6 +79,22 @@ def _stage(stage: str, words: list[str]) -> int:
     if "--dry-run" in flags:
         return job.dry_run(stage, overrides, echo)
     return job.run(stage, overrides, echo).exit_code
+
+
+def _report(words: list[str]) -> int:
+    if "--help" in words or "-h" in words:
+        from rlhf_cli.help import REPORT_HELP
+
+        print(REPORT_HELP, end="")
+        return EXIT_DONE
+    from rlhf_cli.report.write import read_words, write_report
+
+    written = write_report(*read_words(words))
+    for problem in written.problems:
+        echo(f"note: {problem}")
+    runs = "1 run" if written.num_runs == 1 else f"{written.num_runs} runs"
+    print(f"{written.path}: {runs}, {written.path.stat().st_size / 1024:,.0f} KiB")
+    return EXIT_DONE
 
 
 def _split_flags(words: list[str]) -> tuple[set[str], list[str]]:

@@ -29,6 +29,7 @@ def overview() -> str:
     ]
     lines += [f"  {s.name:<11} {s.summary}" for s in STAGES.values()]
     lines += [
+        f"  {'report':<11} one HTML page about any runs: chain, curves, responses side by side, time, settings",
         f'  {"completion":<11} print a script that completes commands in bash: eval "$(rlhf completion bash)"',
         "",
     ]
@@ -110,7 +111,7 @@ def _leaf_hints(config: type, prefix: str = "") -> dict[str, object]:
 def completions(words: list[str]) -> list[str]:
     """Candidates for the last word of a command line (the words after `rlhf`)."""
     if len(words) <= 1:
-        return [s for s in [*STAGES, "completion", "--help"] if s.startswith(words[0] if words else "")]
+        return [s for s in [*STAGES, "report", "completion", "--help"] if s.startswith(words[0] if words else "")]
     stage = STAGES.get(words[0])
     last = words[-1]
     if stage is None:
@@ -130,6 +131,25 @@ def completions(words: list[str]) -> list[str]:
     else:
         values = [str(a) for a in typing.get_args(hint)] if typing.get_origin(hint) is typing.Literal else []
     return [f"{key}={v}" for v in values if v.startswith(typed)]
+
+
+REPORT_HELP = """\
+rlhf report: one HTML page about any runs: chain, curves, responses side by side, time, settings
+
+usage: rlhf report RUN_DIR... [out=FILE.html]
+
+  RUN_DIR        run directories, also of runs that are not finished; or folders that hold some, such as runs/quickstart
+  out=FILE.html  where the page is written, default report.html in the working directory
+  --help         this page
+
+The page needs no network, no script and no file beside it. What is damaged in a run is named, the rest is shown.
+
+examples:
+  rlhf report runs/quickstart
+  rlhf report runs/sft runs/ppo runs/raft out=chain.html
+
+exit codes: 0 written, 2 there is no run, or the page cannot be written
+"""
 
 
 BASH_COMPLETION = """\

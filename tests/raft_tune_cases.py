@@ -99,13 +99,15 @@ def slow_tune(kind: str, optimizer: str, soft: bool) -> Tuned:
             np.random.default_rng([7 * 1_000_003 + iteration, epoch]).permutation(len(rows)) for epoch in range(EPOCHS)
         ]
         steps = [order[start : start + SIZE] for order in orders for start in range(0, len(rows), SIZE)]
+        tokens = sum(len(row.response) for row in rows)
+        mean_weight = sum(row.weight * len(row.response) for row in rows) / tokens
         for number, batch in enumerate(steps):
             total, count = torch.zeros(()), 0.0
             for row in [rows[i] for i in batch]:
                 ids = torch.tensor([[*row.prompt, *row.response]])
                 logits = model(input_ids=ids).logits[0, len(row.prompt) - 1 : -1]  # each position predicts the next
                 total = total + row.weight * F.cross_entropy(logits, ids[0, len(row.prompt) :], reduction="sum")
-                count += row.weight * len(row.response)
+                count += mean_weight * len(row.response)
             (total / count).backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)))
             losses.append((total / count).item())

@@ -25,8 +25,9 @@ ALLOWED = {
     "job": BOTH | {"config", "launch"},
     "sweep": BOTH | {"config", "job"},
     "help": BOTH | {"config", "__init__"},
-    "cli": BOTH | {"config", "help", "job", "sweep", "__init__"},
-    "api": BOTH | {"config", "job"},
+    "report": BOTH | {"__init__"},
+    "cli": BOTH | {"config", "help", "job", "sweep", "report", "__init__"},
+    "api": BOTH | {"config", "job", "report"},
     "__main__": {"cli"},
     # train: what runs in a rank
     "ops": BOTH,
@@ -52,7 +53,7 @@ ALLOWED = {
     | {"ppo", "raft"},
     "worker": BOTH | {"stages", "runtime"},
 }
-FRONT = BOTH | {"config", "launch", "job", "sweep", "help", "cli", "api", "__main__", "__init__"}
+FRONT = BOTH | {"config", "launch", "job", "sweep", "help", "report", "cli", "api", "__main__", "__init__"}
 HEAVY = {"torch", "transformers", "deepspeed", "datasets", "peft", "accelerate", "tokenizers", "numpy"}
 
 

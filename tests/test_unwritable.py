@@ -35,6 +35,7 @@ def test_claim_locks_and_freezes(tmp_path: Path) -> None:
     "error",
     [
         OSError(errno.ENOSPC, "No space left on device", "model.safetensors"),
+        OSError(errno.EDQUOT, "Disk quota exceeded", "model.safetensors"),
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )

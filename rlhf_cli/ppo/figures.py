@@ -1,4 +1,4 @@
-"""Figures of an iteration's responses, under the names that dashboards know (TRL's, DESIGN section 5)."""
+"""Figures of an iteration's responses, under the names that dashboards know (TRL's; see docs/ppo.md)."""
 
 from __future__ import annotations
 

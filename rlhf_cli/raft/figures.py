@@ -1,4 +1,4 @@
-"""Figures of a RAFT iteration, under the names of DESIGN section 5.
+"""Figures of a RAFT iteration, under the names of docs/raft.md.
 
 Shapes: N responses, P of them as the policy writes them (one to each prompt), S selected.
 """
@@ -17,7 +17,7 @@ from rlhf_cli.raft.samples import Samples, unselected
 from rlhf_cli.raft.selection import Selection
 from rlhf_cli.schema import RaftConfig
 
-# Of text_figures, those that DESIGN names for raft.
+# Of text_figures, those that stand among raft's own.
 RENAMED = {
     "text/length": "raft/length",
     "text/distinct_1": "raft/distinct_1",
@@ -56,19 +56,20 @@ def diversity_figures(
     samples: Samples, selection: Selection, config: RaftConfig, tokenizer: Any, vocab: int
 ) -> dict[str, float]:
     """text/... and the measures of diversity that the article quotes, of the policy's own responses in tokens without
-    their ends; distinct-2 of the selected ones beside."""
+    their ends; distinct-2 of the selected ones beside, nan of none."""
     responses = [samples.answers[i].response for i in unselected(config)]
     tokens = [r.token_ids[: r.num_text_tokens].tolist() for r in responses]
     figures = text_figures(responses, tokenizer, vocab)
     figures = {RENAMED.get(name, name): value for name, value in figures.items()}
     selected = [samples.answers[i].response for i in selection.chosen.tolist()]
+    chosen = [r.token_ids[: r.num_text_tokens].tolist() for r in selected]
     return figures | {
         "raft/unique_1": float(unique_n(tokens, 1)),
         "raft/unique_2": float(unique_n(tokens, 2)),
         "raft/msttr_100": msttr(tokens, 100),
         "raft/entropy_1": ngram_entropy(tokens, 1),
         "raft/entropy_2": ngram_entropy(tokens, 2),
-        "raft/distinct_2_selected": distinct_n([r.token_ids[: r.num_text_tokens].tolist() for r in selected], 2),
+        "raft/distinct_2_selected": distinct_n(chosen, 2) if chosen else math.nan,
     }
 
 

@@ -32,7 +32,7 @@ OWN = "mean_logprob"  # the reward where there is no source
 class Samples:
     """Of an iteration, the same on every rank. judged: of N; kl, ref_logprobs (N,) float64: sums over a response's
     tokens of log(policy / reference) and log reference at the temperature of the rollout, nan where not measured.
-    num_written: tokens that this process and its like wrote, not found on disk."""
+    num_written: tokens that this start of the run wrote, on all ranks; the others were on disk."""
 
     answers: list[Answer]
     judged: Judged

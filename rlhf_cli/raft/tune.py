@@ -24,7 +24,11 @@ ITERATION_SEED = 1_000_003  # iterations have other orders than their neighbours
 
 
 class SelectedObjective:
-    """Cross-entropy of the responses; weights (S,) multiply all tokens of a row. total_steps: of this iteration."""
+    """Cross-entropy of the responses; weights (S,) multiply all tokens of a row. total_steps: of this iteration.
+
+    A step is divided by its tokens times the mean weight of all tokens of the iteration, not by its own weights: one
+    that happens to have light rows only moves the policy little.
+    """
 
     def __init__(self, rows: TokenRows, weights: Tensor | None, config: RaftConfig, iteration: int, models: Models):
         self.rows, self.weights, self.models = rows, weights, models
@@ -33,6 +37,10 @@ class SelectedObjective:
         self.course = plan.Course(len(rows), None, config.train.global_batch_size, seed)
         steps = plan.steps_per_epoch(len(rows), config.train.global_batch_size)
         self.total_steps = config.raft.epochs * steps
+        self.mean_weight = 1.0
+        if weights is not None:
+            tokens = [rows.num_trained([row]) for row in range(len(rows))]
+            self.mean_weight = sum(n * self._weight(row) for row, n in enumerate(tokens)) / sum(tokens)
 
     def epoch(self, step: int) -> float:
         """Passes over the selected responses."""
@@ -42,8 +50,8 @@ class SelectedObjective:
         """The global batch of a step; this rank's part of it as micro-batches of row numbers."""
         rows = self.course.rows(step)
         spread = plan.plan_step(rows, self.rows.lengths[rows], self.ranks.world_size, self.size)
-        trained = [self.rows.num_trained([row]) * (1.0 if self.weights is None else self._weight(row)) for row in rows]
-        return StepData(spread.ranks[self.ranks.rank], sum(trained), int(self.rows.lengths[rows].sum()), len(rows))
+        normaliser = self.rows.num_trained(rows) * self.mean_weight
+        return StepData(spread.ranks[self.ranks.rank], normaliser, int(self.rows.lengths[rows].sum()), len(rows))
 
     def forward(self, engine: Engine, batch: plan.MicroBatch) -> Micro:
         """Sum of the weighted token losses of one micro-batch."""

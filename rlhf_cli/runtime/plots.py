@@ -147,7 +147,8 @@ def _draw_ranked_rewards(axes: Any, lines: list[dict[str, Any]]) -> None:
 def _draw_held_out(axes: Any, lines: list[dict[str, Any]], name: str) -> None:
     """name: a figure whose standard error is logged beside it."""
     steps, values = series(lines, name)
-    _, errors = series(lines, f"{name}_stderr")
+    known = dict(zip(*series(lines, f"{name}_stderr"), strict=True))
+    errors = [known.get(step, 0.0) for step in steps]  # that of huge rewards is infinite, and no bar
     if values:
         axes.errorbar(steps, values, errors, fmt="o-", color="#d94801", markersize=3, capsize=2, label="held-out")
 

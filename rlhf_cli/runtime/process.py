@@ -26,7 +26,7 @@ from rlhf_cli.runtime.stop import StopWatch
 from rlhf_cli.runtime.terminal import open_terminal
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-DISK_FULL = os.strerror(errno.ENOSPC)
+DISK_FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))  # disk, quota, ulimit -f
 # tqdm reads its defaults from the environment; in a log one line in ten seconds is enough.
 LOG_FRIENDLY = {"TQDM_MININTERVAL": "10", "TQDM_ASCII": "True"}
 
@@ -72,7 +72,7 @@ def report_failure(run_dir: Path, error: BaseException) -> int:
     """Leave this rank's note for the front and the traceback in the log. Returns the exit code to end with."""
     text = "".join(traceback.format_exception(error))
     # By its words, because safetensors and others raise it as an error of their own.
-    if DISK_FULL in str(error) and not isinstance(error, RlhfError):
+    if any(words in str(error) for words in DISK_FULL) and not isinstance(error, RlhfError):
         error = RunFailed(f"the disk is full ({error}); make room in {run_dir} and start the same command again")
     by_user = isinstance(error, RlhfError)
     exit_code = error.exit_code if isinstance(error, RlhfError) else EXIT_FAILED

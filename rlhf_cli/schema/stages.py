@@ -196,6 +196,11 @@ class RaftConfig(AlignedConfig):
         if not (self.has_held_out and self.reward.sources):
             reader = "reward.sources, and data.validation_split_percentage or data.eval_path,"
             yield from unread(self.raft, ("result",), reader, "raft.")
+        if self.raft.alarms.action == "stop" and not self.reward.sources:
+            yield Problem(
+                "raft.alarms.action",
+                "stop hands over the best policy so far, and without reward.sources none is best; use warn",
+            )
 
 
 @dataclass
