@@ -75,6 +75,12 @@ def test_one_line_is_enough_for_a_picture(only: dict[str, Any], tmp_path: Path) 
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_spread_that_is_infinite_has_no_bar(tmp_path: Path) -> None:
+    """Of rewards like 1e300; json reads it back."""
+    wild = held_out(1) | {"raft/reward_eval_stderr": float("inf")}
+    assert plots.plot_ranking(write(tmp_path, [{"step": 0} | held_out(-2), line(1) | wild]), "a run") is not None
+
+
 def test_nothing_logged_is_no_picture(tmp_path: Path) -> None:
     assert plots.plot_ranking(tmp_path, "a run") is None
     assert not list(tmp_path.iterdir())

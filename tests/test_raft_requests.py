@@ -99,6 +99,7 @@ def test_a_share_that_is_one_of_a_whole_number(made: Path, top_fraction: float) 
         ({"generation.min_new_tokens": 21}, "generation.min_new_tokens", "21 is more than the shortest limit, 20"),
         ({"model.trainable.mode": "lisa"}, "model.trainable.mode", "use all, last_layers or patterns"),
         ({"raft.alarms.action": "stop"}, "raft.alarms.action", "hold prompts out"),
+        ({"raft.alarms.action": "stop", "reward.sources": []} | HELD_OUT, "raft.alarms.action", "none is best"),
         ({"raft.alarms.action": "stop", "train.eval_every": 0} | HELD_OUT, "raft.alarms.action",
          "set train.eval_every"),
         ({"raft.result": "last"}, "raft.result", "data.validation_split_percentage or data.eval_path, only; set that"),
