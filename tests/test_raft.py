@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_cli.rundir import read_manifest
 from rlhf_cli.runtime.metrics import read_metrics
-from tests.raft_cases import Given, done_in, equal, said, trail, weights
+from tests.raft_cases import Given, done_in, equal, lines, said, trail, weights
 from tests.stage_cases import write_prompts
 
 RAFT, CUT, REFUSED = (f"tests.raft_cases:run_raft{name}" for name in ("", "_cut", "_refused"))
@@ -40,8 +40,8 @@ def assert_same_run(whole: Path, cut: Path) -> None:
     for model in ("model", "last_policy"):
         assert equal(weights(whole, model), weights(cut, model)), model
     timeless = lambda line: {k: v for k, v in line.items() if not k.startswith("perf/") and k != "seconds"}
-    lines = [[timeless(line) for line in read_metrics(run)] for run in (whole, cut)]
-    assert lines[0] == lines[1]
+    logged = [[timeless(line) for line in read_metrics(run)] for run in (whole, cut)]
+    assert logged[0] == logged[1]
     assert timeless(read_manifest(whole)["metrics"]) == timeless(read_manifest(cut)["metrics"])
     for iteration in (1, 2, 3):
         assert trail(whole, iteration) == trail(cut, iteration)
@@ -99,6 +99,8 @@ def test_responses_of_two_ranks_are_gone_on_with_by_one(
     run_on_ranks(1, RAFT, run_dir=str(run_dir), overrides=overrides)
     assert "6 of 16 responses were written before" in said(run_dir)
     assert_same_run(whole, run_dir)
+    for name in ("perf/mfu", "perf/samples_per_s", "perf/rollout_tokens_per_s"):
+        assert [name in line for line in lines(run_dir)] == [False, True, True], "how long the six took is not known"
 
 
 def test_other_data_and_a_lost_trail_are_told(given: Given, run_on_ranks: Ranks, tmp_path: Path) -> None:

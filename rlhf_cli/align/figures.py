@@ -63,8 +63,9 @@ class Clock:
         """Of all phases."""
         return sum(self.seconds.values())
 
-    def figures(self, samples: int, tokens: int, work: float) -> dict[str, float]:
-        """perf/...; samples, tokens: those written; work: the ideal seconds of this iteration."""
+    def figures(self, samples: float, tokens: float, work: float) -> dict[str, float]:
+        """perf/...; samples, tokens: those written; work: the ideal seconds of this iteration; nan makes
+        nan of the speeds."""
         total = max(self.total, 1e-9)
         return {
             "perf/samples_per_s": samples / total,

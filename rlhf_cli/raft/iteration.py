@@ -3,6 +3,7 @@ fine-tuning has come."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rlhf_cli.align.alarms import DISTINCT_2, KL, LENGTH, SEPARATORS, watch
@@ -50,17 +51,19 @@ def iterate(collector: Collector, config: RaftConfig, models: Models, state: Raf
     clock.lap("train")
     written = sum(len(answer.response.token_ids) for answer in samples.answers)
     in_all = written + sum(len(answer.prompt.token_ids) for answer in samples.answers)
-    work = models.work(in_all, trained) / peak_flops if samples.num_written else 0.0
+    # Of an iteration that an earlier start has begun the time is not known: no speeds then.
+    known = 1.0 if samples.num_written == written else math.nan
+    work = known * models.work(in_all, trained) / peak_flops
     _advance(state, config, rewards, texts, int(tuned.pop("steps")), written, clock.total)
     line = {
         "step": state.iteration, "episode": state.episodes, "optimizer_steps": state.steps, **rewards, **texts, **tuned,
         "epoch": round(state.cursor / len(collector.prompts), 6), "tokens": state.tokens, "num_tokens": state.tokens,
         "samples": state.episodes, "seconds": round(state.seconds, 3),
-        **clock.figures(len(samples.answers) if samples.num_written else 0, samples.num_written, work),
+        **clock.figures(known * len(samples.answers), known * written, work),
         "perf/peak_memory_gb": peak_memory_gb(run.ranks.device),
     }  # fmt: skip
     return Turn(
-        {name: value for name, value in line.items() if value == value},  # nothing selected has no mean reward
+        {name: value for name, value in line.items() if value == value},  # such as a mean reward of nothing selected
         _shown(line), {}, lambda log: _show(samples, selection, config, state.iteration, collector, log),
     )  # fmt: skip
 

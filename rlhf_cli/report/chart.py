@@ -100,7 +100,8 @@ def nice_ticks(low: float, high: float, most: int = 6, *, whole: bool = False) -
             step = factor * power
             first, final = math.ceil(low / step), math.floor(high / step)
             if final - first < most and not (whole and step < 1):
-                return [i * step for i in range(first, final + 1)]
+                ticks = [i * step for i in range(first, final + 1)]
+                return [tick for tick in ticks if low <= tick <= high]  # one on the edge may round to beyond it
         power *= 10
     raise AssertionError(f"no ticks between {low} and {high}")
 
