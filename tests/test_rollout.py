@@ -14,8 +14,8 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.models.head import enable_loss
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.ops.sampling import Draw, draw_tokens, row_keys, token_hashes
+from rlhf_cli.rollout import attention, rows
 from rlhf_cli.rollout import decoder as decoders
-from rlhf_cli.rollout import rows
 from rlhf_cli.rollout.attention import QUICK_ATTENTION, quick_attention
 from rlhf_cli.rollout.decoder import InPlaceDecoder, PaddedDecoder, open_decoder
 from rlhf_cli.rollout.sampler import Request, Response, Stopped, generate, starting_order
@@ -290,7 +290,8 @@ def test_responses_are_told_as_they_end_and_stopping() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
-def test_bf16_steps_are_as_exact_as_the_fused_kernel(kind: str) -> None:
+def test_bf16_steps_are_as_exact_as_the_fused_kernel(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "has_tiles", lambda: False)
     model = tiny_model(kind).to(torch.bfloat16)
     exact = tiny_model(kind)
     exact.load_state_dict(model.state_dict())
@@ -309,6 +310,9 @@ def test_bf16_steps_are_as_exact_as_the_fused_kernel(kind: str) -> None:
         with quick_attention(model):
             assert model.config._attn_implementation == QUICK_ATTENTION
             quick = steps(model)
+        monkeypatch.setattr(attention, "has_tiles", lambda: True)
+        with quick_attention(model):
+            assert model.config._attn_implementation == "sdpa"
     assert model.config._attn_implementation == "sdpa"
     error = lambda found: (found - wanted).abs().mean().item()
     assert 0 < error(quick) < 1.2 * error(fused)

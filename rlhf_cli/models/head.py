@@ -90,11 +90,6 @@ def enable_loss(model: nn.Module) -> LossPlan:
     return plan
 
 
-def is_taught_linear(module: nn.Module) -> bool:
-    """Whether enable_loss gave this head its forward, which without targets is a linear layer's own."""
-    return getattr(module.__dict__.get("forward"), "__func__", None) is _linear_forward
-
-
 def _forward_with_targets(original: Callable[..., Any]) -> Callable[..., Any]:
     # wraps: generate() reads the signature to see which inputs a model takes.
     @functools.wraps(original)

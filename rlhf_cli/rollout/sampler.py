@@ -21,7 +21,6 @@ from rlhf_cli.models.lora import plain_model
 from rlhf_cli.ops.sampling import Draw
 from rlhf_cli.rollout.attention import quick_attention
 from rlhf_cli.rollout.decoder import open_decoder
-from rlhf_cli.rollout.packing import packed_linears
 from rlhf_cli.rollout.pieces import token_pieces
 from rlhf_cli.rollout.rows import Drawing, Rows, Work
 from rlhf_cli.rollout.stops import Ending, make_stops, spell
@@ -109,7 +108,7 @@ def generate(
         ),
         Work(prompts, limits, np.array([r.sample & SAMPLE_BITS for r in requests], np.uint64)),
     )
-    with quick_attention(base), packed_linears(base):
+    with quick_attention(base):
         responses = _run(rows, starting_order(prompts, limits), room, refill, ended, should_stop)
     return [responses[i] for i in range(len(requests))]
 
