@@ -23,6 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 180.0  # imports, on a machine that may be busy
+END_SECONDS = 5.0
 
 
 class RankFailed(AssertionError):
@@ -90,7 +91,10 @@ class _Pool:
         return self._collect(timeout, case)
 
     def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.close()  # a rank that waits for a case ends by itself, and its coverage is kept
         for process in self.processes:
+            process.join(END_SECONDS)
             process.kill()
         for process in self.processes:
             process.join()
