@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.launch import choose_launcher, devices, num_processes, world_size
-from rlhf_cli.launch.elastic import elastic_command, free_port
+from rlhf_cli.launch.elastic import SPINS, elastic_command, free_port
 from rlhf_cli.launch.multinode import deepspeed_command, deepspeed_environment, read_hostfile, slurm_command
 from rlhf_cli.schema import LaunchConfig
 
@@ -84,7 +84,8 @@ def test_hyper_threads_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_elastic_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
     command = elastic_command(LaunchConfig(), 2, "rlhf_cli.worker", tmp_path / "config.yaml", tmp_path)
     assert command.argv[-3:] == ["--module", "rlhf_cli.worker", str(tmp_path / "config.yaml")]
     assert "localhost:0" in command.argv
@@ -94,6 +95,9 @@ def test_elastic_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     command = elastic_command(LaunchConfig(master_port=port), 2, "m", tmp_path / "config.yaml", tmp_path)
     assert command.argv[command.argv.index("--master-port") + 1] == str(port)
     assert "OMP_NUM_THREADS" not in command.env
+    assert command.env["GOMP_SPINCOUNT"] == SPINS
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert "GOMP_SPINCOUNT" not in elastic_command(LaunchConfig(), 2, "m", tmp_path / "c.yaml", tmp_path).env
 
 
 def test_hostfile(tmp_path: Path) -> None:
