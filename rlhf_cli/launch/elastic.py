@@ -13,9 +13,9 @@ from rlhf_cli.launch.command import JobCommand
 from rlhf_cli.launch.devices import threads_per_rank
 from rlhf_cli.schema import LaunchConfig
 
-# Turns that a thread of GNU OpenMP waits for the others before it sleeps, some tens of microseconds. By default it waits
-# so long that two runs, or a run and a browser, on the same cores hold each other up: measured with two runs of two
-# threads on two cores, 58 s for what takes 17 s with this, and 6 s alone with or without it.
+# Turns that a thread of GNU OpenMP waits for the others before it sleeps, some tens of microseconds. By default it is
+# milliseconds, so that two runs, or a run and a browser, on the same cores hold each other up: measured with two runs
+# of two threads on two cores, 58 s for what takes 17 s with this, and 6 s alone with or without it.
 SPINS = "10000"
 
 
