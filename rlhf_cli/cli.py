@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 
 from rlhf_cli import __version__
@@ -15,7 +16,9 @@ FLAGS = "--help -h, --cfg job, --dry-run, -m --multirun"
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit code."""
     try:
-        return _dispatch(sys.argv[1:] if argv is None else argv)
+        code = _dispatch(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
     except ConfigError as error:
         _show(error.problems)
         return error.exit_code
@@ -26,8 +29,8 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # `rlhf sft --help | head`: the reader is gone, which is no error of ours.
-        sys.stderr.close()
+        # `rlhf sft --help | head`: the reader is gone, which is no error of ours. What the buffer holds goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
 
 

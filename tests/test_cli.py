@@ -30,6 +30,16 @@ SLOW_STEPS = {
 # --- words
 
 
+def test_a_reader_that_leaves_is_no_error() -> None:
+    for asked in ([], ["ppo", "--help"]):  # less and more than a buffer holds
+        program = [sys.executable, "-m", "rlhf_cli", *asked]
+        with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.close()  # long before Python has started
+            assert (process.wait(60), process.stderr.read()) == (0, b"")
+
+
 def test_help_is_quick_and_lists_the_stages() -> None:
     took = []
     for _ in range(3):
