@@ -31,9 +31,10 @@ SLOW_STEPS = {
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     for asked in ([], ["ppo", "--help"]):  # less and more than a buffer holds
         program = [sys.executable, "-m", "rlhf_cli", *asked]
-        with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with subprocess.Popen(program, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             assert process.stdout is not None
             assert process.stderr is not None
             process.stdout.close()  # long before Python has started
