@@ -11,8 +11,9 @@ from deepspeed.accelerator import get_accelerator
 
 from rlhf_cli.errors import ConfigError, ModelError
 from rlhf_cli.runtime import engine as engines
-from rlhf_cli.runtime.engine import param_groups
-from rlhf_cli.schema import DeepspeedConfig, build
+from rlhf_cli.runtime.distributed import Ranks
+from rlhf_cli.runtime.engine import make_engine, param_groups
+from rlhf_cli.schema import DeepspeedConfig, OptimConfig, build
 from tests.dist_cases import tiny_llama, train_plain
 
 pytestmark = pytest.mark.distributed
@@ -187,6 +188,37 @@ def test_ds_config_passes_through_and_owns() -> None:
     assert user.json["zero_optimization"]["stage"] == 0
     derived = config.keys() - user.json.keys()
     assert derived <= set(DeepspeedConfig.OWNED)  # whatever we set, the schema refuses from the user
+
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "dtype", "zero", "stage"),
+    [
+        (1, torch.float32, {"stage": 2, "overlap_comm": True}, 1),
+        (1, torch.bfloat16, {"stage": 2}, 2),
+        (1, torch.float32, {"stage": 2, **OFFLOAD}, 2),
+        (1, torch.float32, {"stage": 3}, 3),
+        (2, torch.float32, {"stage": 2}, 2),
+    ],
+)
+def test_one_rank_in_fp32_divides_no_gradients(
+    world_size: int, dtype: torch.dtype, zero: dict[str, Any], stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):
+        pass
+
+    def initialize(config: dict[str, Any], **_: Any) -> None:
+        raise Asked(config["zero_optimization"]["stage"], bool(config["zero_optimization"].get("overlap_comm")))
+
+    monkeypatch.setattr(engines.ds, "initialize", initialize)
+    model = torch.nn.Linear(2, 2)
+    ranks = Ranks(0, world_size, 0, torch.device("cpu"))
+    deepspeed = DeepspeedConfig(json={"zero_optimization": zero})
+    with pytest.raises(Asked) as asked:
+        make_engine(model, param_groups(model, 0.0), OptimConfig(), deepspeed, dtype, ranks)
+    assert asked.value.args == (stage, False)
 
 
 @pytest.mark.parametrize(

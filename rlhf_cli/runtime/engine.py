@@ -176,7 +176,7 @@ def _undivided(zero: dict[str, Any], dtype: torch.dtype) -> None:
     In low precision stage 1 takes 4 more bytes per parameter, and offloading wants stage 2.
     """
     if zero["stage"] == 2 and dtype == torch.float32 and not zero.get("offload_optimizer"):
-        zero["stage"] = 1
+        zero |= {"stage": 1, "overlap_comm": False}  # nothing to overlap with; stage 1 has no such thing
 
 
 @contextmanager
