@@ -9,4 +9,4 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest -n "${RLHF_TEST_WORKERS:-2}" --dist loadgroup --cov --cov-report=term "$@"
+exec python -m pytest -n "${RLHF_TEST_WORKERS:-2}" --dist loadgroup "$@"
