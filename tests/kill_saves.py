@@ -76,7 +76,10 @@ def trial(root: Path, first: int, kill: str | float) -> None:
             assert (path / "engine" / f"part-{part}").read_bytes() == f"{found} {part} ".encode() * 20_000
     after = sorted(p.name for p in (root / "checkpoints").glob(".*"))
     assert after == [], after
-    print(json.dumps({"done": done[-1] if done else None, "found": found, "content": content, "leftovers": leftovers}))
+    print(
+        json.dumps({"done": done[-1] if done else None, "found": found, "content": content, "leftovers": leftovers}),
+        flush=True,
+    )
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "long": Task(seed=0, length=4, iterations=55, width=64, batch=512),
+    "long": Task(seed=0, length=4, iterations=70, width=64, batch=512),
     "short": Task(seed=1, length=2, iterations=20),
     "weak penalty": Task(seed=2, length=3, iterations=28, beta=0.4),
     "cold": Task(seed=3, length=3, iterations=30, temperature=0.7),

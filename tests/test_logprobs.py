@@ -216,7 +216,7 @@ print((peak_memory_gb(torch.device("cpu")) - before) * 1024)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("path", "low", "high"), [("loss", 0, 200), ("gather", 0, 200), ("logits", 400, 2000)])
+@pytest.mark.parametrize(("path", "low", "high"), [("loss", 0, 250), ("gather", 0, 250), ("logits", 400, 2000)])
 def test_peak_memory_in_mib(path: str, low: float, high: float) -> None:
     """Less than one N x V matrix; how much less is the allocator's mood (it may keep a chunk that was freed)."""
     run = subprocess.run([sys.executable, "-c", PEAK, path], capture_output=True, text=True, check=True)
