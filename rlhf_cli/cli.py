@@ -17,7 +17,7 @@ FLAGS = "--help -h, --cfg job, --dry-run, -m --multirun"
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit code."""
     try:
-        return _flushed(_dispatch(sys.argv[1:] if argv is None else argv))
+        return flushed(_dispatch(sys.argv[1:] if argv is None else argv))
     except ConfigError as error:
         _show(error.problems)
         return error.exit_code
@@ -28,18 +28,19 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        return _flushed(EXIT_DONE)
+        return flushed(EXIT_DONE)
 
 
-def _flushed(exit_code: int) -> int:
+def flushed(exit_code: int) -> int:
     """exit_code, with nothing left to be written. `rlhf sft --help | head`: the reader is gone; a closed terminal
     likewise: no error of ours, and Python must not make one of it at its end."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.EIO):
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return exit_code
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from rlhf_cli.cli import flushed
 from rlhf_cli.launch import run_job
 from rlhf_cli.schema import LaunchConfig
 
@@ -18,4 +19,4 @@ if __name__ == "__main__":
         run_dir / "config.yaml", run_dir, launch, lambda message: print(message, flush=True), module=module
     )
     assert "torch" not in sys.modules
-    sys.exit(result.exit_code)
+    sys.exit(flushed(result.exit_code))
