@@ -4,6 +4,7 @@
     python scripts/quickstart_table.py runs/quickstart
     python scripts/quickstart_table.py runs/seed_0 runs/seed_1 runs/seed_2        each of them, then means over the runs
     python scripts/quickstart_table.py runs/quickstart --policies sft ppo pushed
+    python scripts/quickstart_table.py runs/quickstart --policies ppo pushed --iterations
 
 Every policy answers each held-out prompt a few times, at temperature 1 and with the same noise as the others.
 
@@ -16,12 +17,15 @@ distinct-2        different bigrams / all bigrams, over the first answer to each
 tokens            of an answer, its end included
 
 ± is one standard error, over prompts or, in the table of means, over runs.
+
+With --iterations: how the answers to a run's own evaluation prompts have changed while it trained.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 from collections.abc import Sequence
 from itertools import combinations
@@ -37,6 +41,9 @@ from rlhf_cli.data.templates import TEMPLATES
 from rlhf_cli.errors import RlhfError
 from rlhf_cli.models.scratch import new_model
 from rlhf_cli.ops.diversity import distinct_n
+from rlhf_cli.report.curves import KL
+from rlhf_cli.report.runs import read_run
+from rlhf_cli.report.series import series
 from rlhf_cli.reward import Scorer, open_reward
 from rlhf_cli.rollout.sampler import Request, Response, generate
 from rlhf_cli.rundir import output_dir
@@ -94,12 +101,17 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", type=Path, nargs="+", help="folders that scripts/quickstart.sh has filled")
     parser.add_argument("--policies", nargs="+", default=POLICIES, help="runs in such a folder (default: sft ppo raft)")
     parser.add_argument("--data", type=Path, default=DATA, help="where generate.py and its files are")
+    parser.add_argument("--iterations", action="store_true", help="evaluations of ppo and raft runs instead")
     options = parser.parse_args(words)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     measured = []
     try:
         for runs in options.runs:
+            if options.iterations:
+                print(f"{runs}: answers at each evaluation; rewards as the run has them\n")
+                print(over_iterations(runs, load_generator(options.data / "generate.py"), options.policies) + "\n")
+                continue
             rows, prompts = measure(runs, options.data, options.policies)
             print(f"{runs}: {len(prompts)} held-out prompts, {ANSWERS} answers to each at temperature 1\n")
             print(table(rows) + "\n")
@@ -126,6 +138,25 @@ def measure(runs: Path, data: Path, policies: Sequence[str]) -> tuple[list[Row],
     rows = [measure_policy("base", new_model(AutoConfig.from_pretrained(start), torch.float32, 0).eval(), judges)]
     rows += [measure_policy(name, load(folder), judges) for name, folder in zip(policies, folders, strict=True)]
     return rows, prompts
+
+
+def over_iterations(runs: Path, world: Any, policies: Sequence[str]) -> str:
+    """Markdown. A line for each file of held-out answers; KL of the responses that this iteration learnt from. Raises
+    RlhfError where there is no such file."""
+    lines = ["| policy | iteration | reward | true preference | KL |", "|---|---:|---:|---:|---:|"]
+    for name in policies:
+        kl = dict(series(read_run(runs / name, name), KL))
+        for path in sorted((runs / name / "samples").glob("eval_*.jsonl")):
+            answers = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            reward = sum(answer["score"] for answer in answers) / len(answers)
+            true = [world.true_score(answer["prompt"], answer["response"]) for answer in answers]
+            value, error = mean(torch.tensor(true, dtype=torch.float64))
+            at = int(path.stem.rpartition("_")[2])
+            shown_kl = f"{kl[at]:.2f}" if at in kl else "-"
+            lines.append(f"| {name} | {at} | {reward:.2f} | {value:.3f} ± {error:.3f} | {shown_kl} |")
+    if len(lines) == 2:
+        raise RlhfError(f"{runs}: no samples/eval_*.jsonl in {', '.join(policies)}; scripts/quickstart.sh makes them")
+    return "\n".join(lines)
 
 
 def load(folder: Path) -> Any:

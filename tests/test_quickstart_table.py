@@ -135,3 +135,25 @@ def test_a_run_that_is_not_finished_is_named(script: Any, runs: Path, capsys: py
     assert str(runs / "raft") in said
     assert "interrupted" in said
     assert "scripts/quickstart.sh" in said
+
+
+def test_evaluations_of_a_run_by_hand(
+    script: Any, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = tmp_path / "ppo" / "samples"
+    samples.mkdir(parents=True)
+    for iteration, response, score in ((0, "no", -1.0), (10, "yes yes", 2.0)):
+        rows = [
+            {"prompt": "a?", "response": response, "score": score},
+            {"prompt": "b?", "response": "", "score": score - 1},
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (samples / f"eval_{iteration:08d}.jsonl").write_text(lines)
+    (tmp_path / "ppo" / "metrics.jsonl").write_text(json.dumps({"step": 10, "objective/kl": 0.75}) + "\n")
+    assert script.main([str(tmp_path), "--data", str(runs / "data"), "--iterations"]) == 0
+    shown = capsys.readouterr().out
+    # true_score: letters / 100 + length of the prompt: 2.02 and 2.00, 2.06 and 2.00; errors half of the differences
+    assert "| ppo | 0 | -1.50 | 2.010 ± 0.010 | - |" in shown
+    assert "| ppo | 10 | 1.50 | 2.030 ± 0.030 | 0.75 |" in shown
+    assert script.main([str(tmp_path), "--data", str(runs / "data"), "--iterations", "--policies", "raft"]) == 2
+    assert "no samples/eval_*.jsonl in raft" in capsys.readouterr().err
