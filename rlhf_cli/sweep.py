@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 
 from rlhf_cli import job
 from rlhf_cli.config.compose import compose_stage
-from rlhf_cli.errors import EXIT_DONE, EXIT_FAILED, RlhfError
+from rlhf_cli.errors import EXIT_DONE, EXIT_FAILED, ConfigError, Problem, RlhfError
 from rlhf_cli.rundir import read_manifest
 
 
@@ -44,8 +44,7 @@ def run_sweep(stage: str, words: list[str], echo: job.Echo) -> int:
     words = [w for w in words if w not in given]
     runs = split(words)
     swept = [i for i in range(len(runs[0])) if len({r[i] for r in runs}) > 1]
-    for run in runs:
-        job.checked(compose_stage(stage, run))
+    _check(stage, runs)
     base = Path(given[0].removeprefix("run_dir=")) if given else _default_base(stage)
     rows: list[dict[str, Any]] = []
     worst = EXIT_DONE
@@ -66,6 +65,18 @@ def run_sweep(stage: str, words: list[str], echo: job.Echo) -> int:
             return code
     echo(_table(rows))
     return worst
+
+
+def _check(stage: str, runs: list[list[str]]) -> None:
+    """Raise ConfigError with what is wrong with any of the combinations, each problem once."""
+    problems: list[Problem] = []
+    for run in runs:
+        try:
+            job.checked(compose_stage(stage, run))
+        except ConfigError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _default_base(stage: str) -> Path:

@@ -1,6 +1,7 @@
 """Composition and checks of configs: what wins, what is refused, and that all problems come together."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -30,7 +31,8 @@ def test_command_line_wins_over_recipe_over_group_over_schema() -> None:
     assert sft("conf=shakespeare_bpe", "optim.lr=1e-5").config.optim.lr == 1e-5
     assert sft().config.optim.lr == 2e-5
     assert sft("optim=llama2").config.optim.betas == [0.9, 0.95]
-    assert sft("conf=shakespeare_bpe", "optim=llama2").config.optim.lr == 2e-3
+    assert sft("conf=shakespeare_bpe", "optim=llama2").config.optim.lr == 2e-5
+    assert sft("conf=shakespeare_bpe", "optim=llama2", "optim.lr=1e-5").config.optim.lr == 1e-5
 
 
 def test_groups_are_chosen_by_one_word() -> None:
@@ -41,6 +43,44 @@ def test_groups_are_chosen_by_one_word() -> None:
     assert chosen.json["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     assert "stage3_prefetch_bucket_size" not in chosen.json["zero_optimization"]
     assert sft("lora=qlora").config.model.quantization == "nf4"
+
+
+GROUPS = [
+    (stage, recipe.name, group) for stage, info in STAGES.items() for recipe in recipes(info) for group in info.groups
+]
+
+
+@pytest.mark.parametrize(("stage", "recipe", "group"), GROUPS)
+def test_a_group_on_the_command_line_wins_over_the_values_of_a_recipe(stage: str, recipe: str, group: str) -> None:
+    before = compose_stage(stage, [f"conf={recipe}"]).values
+    for option in options(group, STAGES[stage]):
+        text = (conf_dir() / group / f"{option}.yaml").read_text()
+        wanted = yaml.safe_load(text) if "@package _global_" in text else {group: yaml.safe_load(text)}
+        found = compose_stage(stage, [f"conf={recipe}", f"{group}={option}"]).values
+        assert_within(wanted, found, option)
+        touched = {*wanted, "model"} if group == "lora" else {*wanted}  # qlora sets options of the model too
+        assert all(found[name] == before[name] for name in before if name not in touched)
+
+
+def assert_within(wanted: Any, found: Any, where: str) -> None:
+    if isinstance(wanted, dict):
+        for key, value in wanted.items():
+            assert_within(value, found[key], f"{where}.{key}")
+    elif isinstance(wanted, list) and len(wanted) == len(found):
+        for i, value in enumerate(wanted):
+            assert_within(value, found[i], f"{where}[{i}]")
+    else:
+        assert wanted == found, where
+
+
+def test_a_group_leaves_other_values_of_the_section_to_the_recipe(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("optim: {lr: 3.0e-5, max_grad_norm: 0.5}\nlora: {enabled: false}\ndeepspeed: {json: {seed: 3}}\n")
+    config = compose_stage("sft", [f"conf={own}", "optim=noam", "lora=r16", "deepspeed=zero3", "optim.eps=1e-6"]).config
+    assert config is not None
+    assert (config.optim.lr, config.optim.eps, config.optim.max_grad_norm) == (1e-3, 1e-6, 0.5)
+    assert config.lora.enabled
+    assert (config.deepspeed.zero_stage, config.deepspeed.json["seed"]) == (3, 3)
 
 
 def test_a_users_file_may_name_the_shipped_groups(tmp_path: Path) -> None:
@@ -185,7 +225,7 @@ def test_required_values_are_asked_for_only_when_a_run_starts() -> None:
         (["launch.launcher=deepspeed"], "launch.hostfile"),
         (["deepspeed.json.fp16.enabled=true"], "deepspeed.json.fp16"),
         (["data.format=labelled"], "data.format"),
-        (["model.arch.hidden_size=100", "model.arch.num_heads=3"], "model.arch.num_heads"),
+        (["model=small_llama", "model.arch.hidden_size=100", "model.arch.num_heads=3"], "model.arch.num_heads"),
     ],
 )
 def test_impossible_combinations(words: list[str], key: str) -> None:

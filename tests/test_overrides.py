@@ -7,9 +7,10 @@ import pytest
 from rlhf_cli import api
 from rlhf_cli.config.compose import compose_stage
 from rlhf_cli.config.freeze import freeze, standing
+from rlhf_cli.config.idle import SWITCHES
 from rlhf_cli.errors import ConfigError
-from rlhf_cli.schema import SftConfig, build, to_dict
-from rlhf_cli.sweep import split
+from rlhf_cli.schema import SftConfig, build, known_keys, to_dict
+from rlhf_cli.sweep import run_sweep, split
 
 
 @pytest.mark.parametrize(
@@ -102,3 +103,57 @@ def test_from_python_a_wrong_stage_is_told_before_anything_starts(tmp_path: Path
     with pytest.raises(ConfigError, match=r"`rlhf rm` takes a RmConfig, .*; got ScoreConfig"):
         api.rm(config)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "setting"),
+    [
+        (["lora.r=64"], "lora.r", "lora.enabled=true (or lora=r16)"),
+        (["conf=quickstart", "model=pretrained", "model.arch.num_layers=2"], "model.arch.num_layers", "model.init=scratch"),
+        (["model.tokenizer.vocab_size=99"], "model.tokenizer.vocab_size", "model.tokenizer.train=bpe, word or char"),
+        (["model.trainable.last_layers=3"], "model.trainable.last_layers", "model.trainable.mode=last_layers"),
+        (["model.trainable.patterns=[head]"], "model.trainable.patterns", "model.trainable.mode=patterns"),
+        (["model.trainable.lisa_interval=3"], "model.trainable.lisa_interval", "model.trainable.mode=lisa"),
+        (["optim=noam", "optim.min_lr_ratio=0.2"], "optim.min_lr_ratio", "optim.schedule=linear or cosine"),
+        (["optim.warmup_ratio=0", "optim.min_warmup_steps=9"], "optim.min_warmup_steps", "optim.warmup_ratio > 0"),
+        (["train.early_stopping.min_delta=1"], "train.early_stopping.min_delta", "train.early_stopping.patience > 0"),
+        (["generation.prompts=[a]", "generation.num_prompts=2"], "generation.num_prompts", "generation.prompts=[]"),
+        (["logging.wandb_project=x"], "logging.wandb_project", "logging.wandb=true"),
+    ],
+)  # fmt: skip
+def test_a_typed_option_that_nothing_reads_is_refused(words: list[str], key: str, setting: str) -> None:
+    (problem,) = compose_stage("sft", words).problems
+    assert str(problem) == f"{key}: is read with {setting} only; set that, or drop it"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["lora=r16", "lora.r=64"],
+        ["model=small_llama", "model.arch.num_layers=2", "model.tokenizer.vocab_size=99"],
+        ["model.trainable.mode=lisa", "model.trainable.lisa_interval=3"],
+        ["conf=alpaca_qlora", "lora=none"],  # what a recipe brings may lie idle
+        ["logging.wandb=true", "logging.wandb_project=x"],
+    ],
+)
+def test_an_option_whose_switch_is_on_is_read(words: list[str]) -> None:
+    assert compose_stage("sft", words).problems == []
+
+
+def test_every_switch_names_options_that_exist() -> None:
+    known = known_keys(SftConfig)
+    named = [option for switch in SWITCHES for option in switch.options]
+    assert all(any(key.startswith(option) for key in known) for option in named)
+
+
+def test_an_unknown_option_is_shown_with_its_value() -> None:
+    (problem,) = compose_stage("sft", ["optim.lrr=3"]).problems
+    assert str(problem) == "optim.lrr: is not an option of `rlhf sft`; did you mean optim.lr? (got 3)"
+
+
+def test_a_sweep_names_the_problems_of_all_its_runs_once(tmp_path: Path) -> None:
+    words = ["model.path=nowhere/a", "data.path=nowhere.jsonl", "optim.lr=1e-5,abc", f"run_dir={tmp_path / 'sweep'}"]
+    with pytest.raises(ConfigError) as caught:
+        run_sweep("sft", words, print)
+    assert sorted(problem.key for problem in caught.value.problems) == ["data.path", "optim.lr"]
+    assert not (tmp_path / "sweep").exists()

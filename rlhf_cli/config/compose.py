@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from hydra import compose as hydra_compose
@@ -11,6 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rlhf_cli.config.idle import idle_options
 from rlhf_cli.config.overrides import Overrides, parse_overrides
 from rlhf_cli.config.recipe import LoadedRecipe, load_recipe
 from rlhf_cli.config.tree import conf_dir
@@ -51,6 +53,7 @@ def compose_stage(stage_name: str, words: list[str]) -> Composed:
     values = _compose(stage, recipe, overrides, problems)
     config, unfit, unmet = collect(stage.config, values)
     problems += [_with_origin(p, recipe, overrides) for p in unfit]
+    problems += idle_options(config, overrides.keys)
     wrong = {p.key for p in problems}
     unmet = [_with_origin(p, recipe, overrides) for p in unmet if p.key not in wrong]
     return Composed(config, to_dict(config), recipe.name if recipe else None, problems, unmet)
@@ -73,9 +76,10 @@ def _compose(
         name = "_frozen_"
     elif recipe:
         choices = [{f"override /{g}": o} for g, o in recipe.choices.items() if g not in overrides.choices]
+        values = _without(recipe.values, _set_by(overrides.choices, problems))
         # A ConfigStore node, not a file on Hydra's search path: a user's sft.yaml can never hide the shipped one.
         store.store(
-            group="recipe", name="chosen", package="_global_", node={"defaults": [*choices, "_self_"], **recipe.values}
+            group="recipe", name="chosen", package="_global_", node={"defaults": [*choices, "_self_"], **values}
         )
         words.append("+recipe=chosen")
     try:
@@ -88,6 +92,26 @@ def _compose(
         raise ConfigError(problems) from None
     assert isinstance(container, dict)
     return {str(k): v for k, v in container.items()}
+
+
+def _set_by(choices: dict[str, str], problems: list[Problem]) -> set[str]:
+    """The keys that these groups' files set: chosen on the command line, they win over the recipe's values."""
+    known = {group: option for group, option in choices.items() if not any(p.key == group for p in problems)}
+    defaults = [*({group: option} for group, option in known.items()), "_self_"]
+    ConfigStore.instance().store(name="_choices_", node={"defaults": defaults})
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        chosen = OmegaConf.to_container(hydra_compose(config_name="_choices_"))
+    assert isinstance(chosen, dict)
+    return {key for key, _ in flatten({str(section): values for section, values in chosen.items()})}
+
+
+def _without(values: Mapping[str, Any], keys: set[str], prefix: str = "") -> dict[str, Any]:
+    """Nested values but those of `keys`, which are full names."""
+    return {
+        name: _without(value, keys, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if f"{prefix}{name}" not in keys
+    }
 
 
 def _with_origin(problem: Problem, recipe: LoadedRecipe | None, overrides: Overrides) -> Problem:

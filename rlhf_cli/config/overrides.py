@@ -69,7 +69,7 @@ def parse_overrides(stage: StageInfo, words: list[str]) -> tuple[Overrides, list
             parsed.values.append(f"++{key}={raw_value}")
             parsed.keys.append(key)
         else:
-            problems.append(Problem(key, _unknown(stage, key)))
+            problems.append(Problem(key, f"{_unknown(stage, key)} (got {raw_value})"))
     return parsed, problems
 
 

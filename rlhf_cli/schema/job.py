@@ -36,6 +36,10 @@ class DeepspeedConfig:
         "gradient_predivide_factor",
         "zero_allow_untested_optimizer",
         "zero_force_ds_cpu_optimizer",
+        "amp",
+        "torch_autocast",
+        "communication_data_type",
+        "fp32_allreduce",
     )
     # Parts of ZeRO that keep optimizer state where our checkpoints do not look, or in another form.
     UNSUPPORTED = ("zenflow", "elastic_checkpoint", "zeropp_loco_param")
