@@ -1,7 +1,8 @@
 """Several ranks for tests: pools of processes that live as long as the pytest session and run functions by name.
 
-Starting a rank costs ten seconds of imports, so a pool of each size is started once. A case that fails or takes too
-long ends its pool, because its other ranks may hang in a collective; the next case gets a new one.
+Ranks are forked from a server that has imported everything, which takes seconds, once; a pool of each size lives on.
+A case that fails or takes too long ends its pool, because its other ranks may hang in a collective; the next case gets
+a new one.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+IMPORTED = ["deepspeed", "peft", "transformers", "rlhf_cli.runtime.distributed", "rlhf_cli.training"]
 START_SECONDS = 180.0  # imports, on a machine that may be busy
 END_SECONDS = 5.0
 
@@ -59,7 +63,10 @@ class Pools:
 
 class _Pool:
     def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
+        with _environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""):  # as what is imported finds it
+            forkserver.ensure_running()
         self.logs = tempfile.TemporaryDirectory(prefix="rlhf-test-ranks-")
         self.processes: list[Any] = []
         self.pipes: list[Connection] = []
@@ -74,8 +81,6 @@ class _Pool:
                 "LOCAL_WORLD_SIZE": str(world_size),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-                "CUDA_VISIBLE_DEVICES": "",
             }
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, env, self._log(rank)), daemon=True)
@@ -92,9 +97,10 @@ class _Pool:
 
     def close(self) -> None:
         for pipe in self.pipes:
-            pipe.close()  # a rank that waits for a case ends by itself, and its coverage is kept
+            pipe.close()  # a rank that waits for a case ends by itself, so that its coverage can be kept
         for process in self.processes:
-            process.join(END_SECONDS)
+            if "COVERAGE_PROCESS_CONFIG" in os.environ:
+                process.join(END_SECONDS)
             process.kill()
         for process in self.processes:
             process.join()
@@ -130,6 +136,18 @@ class _Pool:
         with contextlib.suppress(FileNotFoundError):
             tail = "\n".join(Path(self._log(rank)).read_text(errors="replace").splitlines()[-15:])
         return f"rank {rank}: {case}: {what}\n--- end of its log ---\n{tail}"
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    yield
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
 
 
 def _serve(pipe: Connection, env: dict[str, str], log: str) -> None:
