@@ -10,7 +10,6 @@ import pytest
 
 from tests.ranks import Pools
 
-
 # A shell's background job ignores Ctrl-C, and so would every program that a test starts and stops with it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -109,7 +109,7 @@ def test_from_python_a_wrong_stage_is_told_before_anything_starts(tmp_path: Path
     ("words", "key", "setting"),
     [
         (["lora.r=64"], "lora.r", "lora.enabled=true (or lora=r16)"),
-        (["conf=quickstart", "model=pretrained", "model.arch.num_layers=2"], "model.arch.num_layers", "model.init=scratch"),
+        (["model.arch.num_layers=2"], "model.arch.num_layers", "model.init=scratch"),
         (["model.tokenizer.vocab_size=99"], "model.tokenizer.vocab_size", "model.tokenizer.train=bpe, word or char"),
         (["model.trainable.last_layers=3"], "model.trainable.last_layers", "model.trainable.mode=last_layers"),
         (["model.trainable.patterns=[head]"], "model.trainable.patterns", "model.trainable.mode=patterns"),

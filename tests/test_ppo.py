@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,13 @@ def test_what_stands_in_the_run_directory(chain: Chain, run_on_ranks: Ranks, tmp
             assert row["reward/function"] == reply.count("e") / max(1, len(reply))
             assert row["ending"] in ("eos", "stop", "length")
     assert all(row["kl"] == 0.0 for row in samples(tmp_path))
-    line = list(read_metrics(tmp_path))[-1]
+    lines = list(read_metrics(tmp_path))
+    counters = {"step", "episode", "epoch", "tokens", "num_tokens", "samples", "seconds"}
+    assert all(counters <= line.keys() for line in lines), "that of the evaluation before the first iteration, too"
+    assert (lines[0]["samples"], lines[0]["tokens"]) == (0, 0)
+    seconds = [0.0, *(line["seconds"] for line in lines)]
+    assert all(earlier < later for earlier, later in pairwise(seconds)), "evaluations take time as well"
+    line = lines[-1]
     for name in (
         "objective/kl", "objective/entropy", "objective/non_score_reward", "objective/rlhf_reward", "objective/scores",
         "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "loss/policy_avg", "loss/value_avg",

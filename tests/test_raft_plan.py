@@ -67,7 +67,9 @@ def test_the_articles_rhythm(tmp_path: Path) -> None:
         " 2.0 times through the prompts"
     )
     assert rows["ranked by"] == "reward"
-    assert rows["selected"] == "1,024 an iteration, the best 1 in 8 of those to the same prompt, 4 times each"
+    assert rows["selected"] == (
+        "1,024 an iteration, the best 1 in 8 of those to the same prompt (KL to it: 1.20 nats at most), 4 times each"
+    )
     # 4 epochs x 1024 / 64 = 64; 20 x 64 = 1280
     assert rows["steps"].startswith("64 an iteration, 1,280 in all, 0 of each iteration warm-up;")
     assert rows["batch"] == "64 responses a step = 4 x 8 ranks x 2 accumulation"

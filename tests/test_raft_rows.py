@@ -15,6 +15,7 @@ from rlhf_cli.assemble import Text
 from rlhf_cli.data.prompts import Prompt
 from rlhf_cli.data.rows import Message
 from rlhf_cli.data.templates import TEMPLATES
+from rlhf_cli.ops.diversity import self_bleu
 from rlhf_cli.raft.figures import diversity_figures, reward_figures
 from rlhf_cli.raft.models import Models
 from rlhf_cli.raft.samples import Samples, unselected
@@ -164,6 +165,7 @@ def test_figures_of_what_the_policy_writes() -> None:
     assert texts["raft/unique_1"] == 4, "a s h o"
     assert texts["raft/entropy_1"] == 2.0
     assert texts["raft/distinct_2_selected"] == 1.0
+    assert texts["raft/self_bleu"] == pytest.approx(self_bleu([TEXTS[:3], TEXTS[3:]])), "of all responses to a prompt"
     assert list(unselected(config(strategy="top"))) == list(range(6))
 
 

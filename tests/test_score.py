@@ -146,6 +146,21 @@ def test_figures_by_hand() -> None:
     assert (ranked.figures()["mean_a"], ranked.figures()["std_b"]) == (0.6, 0.0)
 
 
+def test_pass_at_k_by_hand() -> None:
+    summary = Summary([1, 2, 4], passes_above=0.5)
+    for prompt, scores in (("a?", [1.0, 0.0, 0.0]), ("b?", [0.0, 0.6]), ("c?", [0.5, 0.0, 0.0])):
+        for value in scores:
+            summary.add({"prompt": prompt, "response": "x", "score": value})
+    summary.add({"text": "no prompt, no task", "score": 1.0})
+    figures = summary.figures()
+    # 1 of 3, 1 of 2 and 0 of 3 are above 0.5; of two drawn: 1 - C(2,2)/C(3,2) = 2/3, 1, 0
+    assert figures["tasks"] == 3
+    assert figures["pass@1"] == pytest.approx((1 / 3 + 1 / 2) / 3)
+    assert figures["pass@2"] == pytest.approx((2 / 3 + 1) / 3)
+    assert math.isnan(figures["pass@4"])
+    assert (summary.short(2), summary.short(3), summary.short(4)) == (0, 1, 3)
+
+
 # --- the stage
 
 
@@ -179,6 +194,18 @@ def test_one_and_two_ranks_write_the_same_file(run_on_ranks: Runner, sources: Pa
     assert (parent["role"], parent["run_dir"]) == ("reward", str(sources / "rm"))
     (tally,) = manifest["data"]
     assert (tally["rows"], tally["kept"], tally["sequences"], tally["formats"]) == (50, 50, 100, ["paired"])
+
+
+def test_the_summary_has_pass_at_k(run_on_ranks: Runner, sources: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i % 2}?", "response": "x" * i} for i in range(6)]
+    data = write(tmp_path / "data.jsonl", rows)
+    more = {"score__pass_at_k": "[1,3,4]", "score__passes_above": 2.5}
+    run_on_ranks(1, RUN, run_dir=str(tmp_path / "run"), overrides=words(data, length(sources), **more))
+    metrics = read_manifest(tmp_path / "run")["metrics"]
+    # lengths 0 2 4 and 1 3 5: 1 of 3 and 2 of 3 are above 2.5
+    assert metrics["pass@1"] == pytest.approx(0.5)
+    assert metrics["pass@3"] == 1.0
+    assert "pass@4" not in metrics
 
 
 def test_the_file_can_be_scored_again(run_on_ranks: Runner, sources: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_cli.align.alarms import DISTINCT_2, KL, LENGTH, SEPARATORS
 from rlhf_cli.align.collect import Judged
-from rlhf_cli.ops.diversity import distinct_n, repetition, separator_ratio
+from rlhf_cli.ops.diversity import distinct_n, expectation_adjusted_distinct, repetition, separator_ratio
 from rlhf_cli.rollout.pieces import token_pieces
 from rlhf_cli.rollout.sampler import Response
 
@@ -31,6 +31,7 @@ def text_figures(responses: Sequence[Response], tokenizer: Any, vocab_size: int)
         "text/stop_rate": sum(r.ending == "stop" for r in responses) / count,
         "text/distinct_1": distinct_n(tokens, 1),
         "text/distinct_2": distinct_n(tokens, 2),
+        "text/adjusted_distinct_1": expectation_adjusted_distinct(tokens, 1, vocab_size),
         "text/separator_ratio": separator_ratio([[pieces[t] for t in row] for row in tokens]),
         "text/repetition": repetition(tokens),
     }

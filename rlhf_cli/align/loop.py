@@ -6,6 +6,7 @@ the seed. So a checkpoint after any iteration is all that a resumed run needs to
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -77,9 +78,12 @@ class Loop:
     def _settle(self, state: AlignState) -> None:
         """Evaluate if it is time to, and write the last iteration's line. Raises StopAsked; may be called again."""
         if self._due(state) and state.evaluated != state.iteration:
+            began = time.monotonic()
             figures = evaluate(self.evaluation, self.collector, state.iteration)
             self._note_evaluation(figures, state)
-            state.line = (state.line or {"step": state.iteration, "episode": state.episodes}) | figures
+            state.seconds += time.monotonic() - began
+            counters = state.counters(len(self.collector.prompts))
+            state.line = (state.line or {"step": state.iteration, "episode": state.episodes}) | counters | figures
         if state.line is not None:
             if self.log is not None:
                 self.log.write(state.line)

@@ -38,6 +38,16 @@ class AlignState:
         """Under which a checkpoint is kept; it never falls."""
         return self.iteration
 
+    def counters(self, num_prompts: int) -> dict[str, float]:
+        """How far the run has come, for every line of metrics.jsonl. num_prompts: that it trains on."""
+        return {
+            "epoch": round(self.cursor / num_prompts, 6),
+            "tokens": self.tokens,
+            "num_tokens": self.tokens,
+            "samples": self.episodes,
+            "seconds": round(self.seconds, 3),
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return asdict(self)

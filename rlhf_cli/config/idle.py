@@ -1,6 +1,6 @@
 """Options that were typed although nothing would read them: their switch is off.
 
-Only words of the command line are looked at. A recipe may keep the rank of an adapter that `lora=none` has switched off.
+Only words of the command line are looked at: a recipe may keep the rank of an adapter that `lora=none` switches off.
 """
 
 from __future__ import annotations

@@ -75,9 +75,7 @@ def iterate(
     line = {
         "step": state.iteration, "episode": state.episodes, "optimizer_steps": state.steps, **figures, **stats.figures,
         "target_kl_stopped": float(stats.stopped),
-        "epoch": round(state.cursor / len(collector.prompts), 6), "tokens": state.tokens, "num_tokens": state.tokens,
-        "samples": state.episodes, "seconds": round(state.seconds, 3),
-        **clock.figures(len(drawn.answers), written, work),
+        **state.counters(len(collector.prompts)), **clock.figures(len(drawn.answers), written, work),
         "perf/peak_memory_gb": peak_memory_gb(run.ranks.device),
     }  # fmt: skip
     warning, number = negative_kl(experience), state.iteration - 1

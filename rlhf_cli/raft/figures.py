@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.align.figures import text_figures
-from rlhf_cli.ops.diversity import distinct_n, msttr, ngram_entropy, unique_n
+from rlhf_cli.ops.diversity import distinct_n, msttr, ngram_entropy, self_bleu, unique_n
 from rlhf_cli.raft.samples import Samples, unselected
 from rlhf_cli.raft.selection import Selection
 from rlhf_cli.schema import RaftConfig
 
+# Whose responses are compared with each other, each with each, which takes time: prompts, responses to each.
+COMPARED = 32, 4
 # Of text_figures, those that stand among raft's own.
 RENAMED = {
     "text/length": "raft/length",
@@ -56,7 +58,7 @@ def diversity_figures(
     samples: Samples, selection: Selection, config: RaftConfig, tokenizer: Any, vocab: int
 ) -> dict[str, float]:
     """text/... and the measures of diversity that the article quotes, of the policy's own responses in tokens without
-    their ends; distinct-2 of the selected ones beside, nan of none."""
+    their ends; distinct-2 of the selected ones beside, nan of none; how alike the responses to a prompt are."""
     responses = [samples.answers[i].response for i in unselected(config)]
     tokens = [r.token_ids[: r.num_text_tokens].tolist() for r in responses]
     figures = text_figures(responses, tokenizer, vocab)
@@ -70,7 +72,17 @@ def diversity_figures(
         "raft/entropy_1": ngram_entropy(tokens, 1),
         "raft/entropy_2": ngram_entropy(tokens, 2),
         "raft/distinct_2_selected": distinct_n(chosen, 2) if chosen else math.nan,
+        "raft/self_bleu": self_bleu(_groups(samples, config)) if config.raft.samples_per_prompt > 1 else math.nan,
     }
+
+
+def _groups(samples: Samples, config: RaftConfig) -> list[list[list[int]]]:
+    """The tokens of the first responses to each of the first prompts, without their ends."""
+    prompts, responses = COMPARED
+    first = list(unselected(config))[:prompts]
+    count = min(responses, config.raft.samples_per_prompt)
+    groups = [[answer.response for answer in samples.answers[i : i + count]] for i in first]
+    return [[r.token_ids[: r.num_text_tokens].tolist() for r in group] for group in groups]
 
 
 def _mean(values: Tensor, weights: Tensor | None) -> float:

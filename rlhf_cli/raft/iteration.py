@@ -57,9 +57,7 @@ def iterate(collector: Collector, config: RaftConfig, models: Models, state: Raf
     _advance(state, config, rewards, texts, int(tuned.pop("steps")), written, clock.total)
     line = {
         "step": state.iteration, "episode": state.episodes, "optimizer_steps": state.steps, **rewards, **texts, **tuned,
-        "epoch": round(state.cursor / len(collector.prompts), 6), "tokens": state.tokens, "num_tokens": state.tokens,
-        "samples": state.episodes, "seconds": round(state.seconds, 3),
-        **clock.figures(known * len(samples.answers), known * written, work),
+        **state.counters(len(collector.prompts)), **clock.figures(known * len(samples.answers), known * written, work),
         "perf/peak_memory_gb": peak_memory_gb(run.ranks.device),
     }  # fmt: skip
     return Turn(

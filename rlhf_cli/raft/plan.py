@@ -8,6 +8,7 @@ from rlhf_cli.align.plan_models import Table, plan_policy, plan_reads, plan_size
 from rlhf_cli.assemble import Text
 from rlhf_cli.data.prompts import PreparedPrompts
 from rlhf_cli.estimate import num_ranks
+from rlhf_cli.ops.best_of import best_of_n_kl
 from rlhf_cli.ops.schedule import warmup_steps
 from rlhf_cli.raft.tune import planned_steps
 from rlhf_cli.schema import RaftConfig
@@ -73,4 +74,6 @@ def _selection(config: RaftConfig) -> str:
     if settings.soft_temperature is not None:
         return f"all, each weighted by softmax(reward / {settings.soft_temperature:g}) among {among}"
     share = f"{settings.batch_size:,} an iteration, the best 1 in {settings.num_candidates} of {among}"
+    if settings.strategy == "local":  # how far from the policy what it learns from can be
+        share += f" (KL to it: {best_of_n_kl(settings.num_candidates):.2f} nats at most)"
     return share + (f", {settings.epochs} times each" if settings.epochs > 1 else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from array import array
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from rlhf_cli.data.rows import (
     TextRow,
 )
 from rlhf_cli.errors import DataError
+from rlhf_cli.ops.best_of import pass_at_k
 from rlhf_cli.ops.calibration import accuracy_stderr, right_shares
 from rlhf_cli.reward.combine import Scores
 from rlhf_cli.reward.source import ScoredText
@@ -135,13 +137,17 @@ def _prompt_value(prompt: tuple[Message, ...]) -> str | list[dict[str, str]]:
 
 @dataclass
 class Summary:
-    """Figures over lines of scores.jsonl; eight bytes are kept per score."""
+    """Figures over lines of scores.jsonl; eight bytes are kept per score. With pass_at, rows with the same prompt are
+    samples of one task, correct where their score is above passes_above."""
 
+    pass_at: Sequence[int] = ()
+    passes_above: float = 0.5
     rows: int = 0
     scores: array[float] = field(default_factory=lambda: array("d"))
     by_source: dict[str, array[float]] = field(default_factory=dict)
     margins: array[float] = field(default_factory=lambda: array("d"))
     shares: array[float] = field(default_factory=lambda: array("d"))  # of each ranking: how many pairs are right
+    tasks: dict[bytes, tuple[int, int]] = field(default_factory=dict)  # digest of a prompt -> samples, correct ones
 
     def add(self, line: dict[str, Any]) -> None:
         """Count one line."""
@@ -150,6 +156,10 @@ class Summary:
         for name, values in line.get("by_source", {}).items():
             kept = self.by_source.setdefault(name, array("d"))
             kept.extend(values.values() if isinstance(values, dict) else np.atleast_1d(values).tolist())
+        if self.pass_at and "score" in line and "prompt" in line:
+            task = hashlib.sha256(json.dumps(line["prompt"]).encode()).digest()
+            samples, correct = self.tasks.get(task, (0, 0))
+            self.tasks[task] = samples + 1, correct + (line["score"] > self.passes_above)
         if "chosen_score" in line:
             self.margins.append(line["score_margin"])
         elif "scores" in line:
@@ -160,7 +170,8 @@ class Summary:
 
     def figures(self) -> dict[str, float]:
         """rows, texts; mean, std, min, max over all scores; of pairs accuracy, its standard error and the mean margin;
-        of rankings the accuracy over pairs of different rank (equal scores count half)."""
+        of rankings the accuracy over pairs of different rank (equal scores count half); tasks and the mean pass@k over
+        those with at least k samples, nan where there is none."""
         scores = np.array(self.scores)
         figures: dict[str, Any] = {"rows": float(self.rows), "texts": float(len(scores))}
         figures |= {"mean": scores.mean(), "std": scores.std(), "min": scores.min(), "max": scores.max()}
@@ -171,7 +182,16 @@ class Summary:
             figures |= {"accuracy": right.mean(), "accuracy_stderr": accuracy_stderr(right)}
         if len(self.margins):
             figures["mean_margin"] = np.mean(self.margins)
+        if self.pass_at:
+            figures["tasks"] = len(self.tasks)
+        for k in self.pass_at:
+            found = [pass_at_k(samples, correct, k) for samples, correct in self.tasks.values() if samples >= k]
+            figures[f"pass@{k}"] = np.mean(found) if found else np.nan
         return {name: float(value) for name, value in figures.items()}
+
+    def short(self, k: int) -> int:
+        """Tasks with fewer than k samples."""
+        return sum(samples < k for samples, _ in self.tasks.values())
 
 
 def _values(line: dict[str, Any], names: tuple[str, ...]) -> list[float]:

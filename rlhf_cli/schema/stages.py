@@ -213,12 +213,27 @@ class MergeLoraConfig(StageConfig):
 
 
 @dataclass
+class ScoreSummaryConfig:
+    """What is said of the scores."""
+
+    pass_at_k: list[int] = opt(
+        [], "pass@k for these k: rows with the same prompt are samples of one task (arXiv 2107.03374)", ge=1
+    )
+    passes_above: float = opt(0.5, "pass_at_k: a response is correct when its score is above; tests give 1 or 0")
+
+    def check(self) -> Iterator[Problem]:
+        if not self.pass_at_k:
+            yield from unread(self, ("passes_above",), "score.pass_at_k")
+
+
+@dataclass
 class ScoreConfig(StageConfig):
     """Rewards of responses or pairs, row by row."""
 
     stage: Literal["score"] = opt("score", "the stage this config is for")
     data: SourceConfig = section(SourceConfig, "responses, pairs, rankings or texts")
     reward: RewardConfig = section(RewardConfig, "what scores them")
+    score: ScoreSummaryConfig = section(ScoreSummaryConfig, "what is said of the scores")
     launch: LaunchConfig = section(LaunchConfig, "how the ranks are started, which share the rows")
     logging: ProgressConfig = section(ProgressConfig, "where progress is shown")
 

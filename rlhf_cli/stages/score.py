@@ -226,9 +226,14 @@ def finish(run: Run, survey: Survey, parts: Parts, seconds: float) -> dict[str, 
     if run.ranks.is_main:
         if run.display is not None:
             run.display.stop()
-        summary = join_parts(run.run_dir, parts)
+        settings = run.config.score
+        summary = join_parts(run.run_dir, parts, Summary(settings.pass_at_k, settings.passes_above))
         assert summary.rows == survey.rows, f"{summary.rows} lines for {survey.rows} rows"
-        figures = summary.figures() | {"seconds": round(seconds, 3)}
+        for k in settings.pass_at_k:
+            if summary.short(k) or not summary.tasks:
+                run.say(f"pass@{k}: {summary.short(k)} of {len(summary.tasks)} prompts have fewer than {k} responses")
+        found = {name: value for name, value in summary.figures().items() if value == value}
+        figures = found | {"seconds": round(seconds, 3)}
         rows = [(name, f"{value:,.4f}".rstrip("0").rstrip(".")) for name, value in figures.items()]
         assert run.display is not None
         run.display.table("rlhf score", [*rows, ("file", str(run.run_dir / OUTPUT))])
@@ -240,11 +245,11 @@ def finish(run: Run, survey: Survey, parts: Parts, seconds: float) -> dict[str, 
     return figures
 
 
-def join_parts(run_dir: Path, parts: Parts) -> Summary:
-    """All parts in order as one file, which appears when it is complete; and the figures over it."""
+def join_parts(run_dir: Path, parts: Parts, summary: Summary) -> Summary:
+    """All parts in order as one file, which appears when it is complete; the summary with all its lines."""
     files = sorted(parts.directory.glob("part_*.jsonl"))
     check_space(run_dir, sum(file.stat().st_size for file in files), OUTPUT)
-    aside, summary = run_dir / f".{OUTPUT}.tmp", Summary()
+    aside = run_dir / f".{OUTPUT}.tmp"
     with aside.open("wb") as joined:
         for file in files:
             for line in file.read_bytes().splitlines(keepends=True):
