@@ -133,8 +133,8 @@ def hardware(stage: str, name: str) -> str:
 
 
 def test_the_numbers_of_the_articles() -> None:
-    def config(stage: str, name: str) -> SftConfig:
-        composed = compose_stage(stage, [f"conf={name}", "model.path=m", "data.path=x.jsonl"])
+    def config(stage: str, name: str, *words: str) -> SftConfig:
+        composed = compose_stage(stage, [f"conf={name}", "model.path=m", "data.path=x.jsonl", *words])
         assert composed.problems + composed.unmet == []
         return composed.config  # type: ignore[return-value]
 
@@ -142,6 +142,11 @@ def test_the_numbers_of_the_articles() -> None:
         reward = config("rm", f"hh_rlhf_{size}")
         assert (reward.lora.r, reward.optim.lr, reward.data.max_length, reward.train.epochs) == (16, 3e-5, 512, 1)
         assert reward.data.validation_split_percentage == 10
+    ppo: Any = config("ppo", "hh_rlhf_llama_7b", "reward.sources=[{path: r}]")
+    assert (ppo.ppo.kl_coef, ppo.ppo.rollout_batch_size) == (0.001, 1024)
+    raft: Any = config("raft", "hh_rlhf_llama_7b", "reward.sources=[{path: r}]")
+    assert (raft.raft.batch_size, raft.raft.num_candidates, raft.optim.lr) == (1024, 8, 2e-5)
+    assert (raft.raft.num_iterations, raft.optim.schedule, raft.eval.temperature) == (20, "constant", 0.3)
     rows = config("rm", "hh_rlhf_gpt_neo_1_3b").data.limit
     assert rows is not None
     assert rows - -(-rows // 10) == 10_000
@@ -152,6 +157,18 @@ def test_the_numbers_of_the_articles() -> None:
     code = config("sft", "code_codex")
     assert code.data.filters.max_line_length == 1000
     assert all(not token.strip(" ") for token in code.model.tokenizer.extra_tokens)
+
+
+@pytest.mark.parametrize(
+    ("sft", "rm"), [("hh_chosen", "hh_pairs"), *((f"hh_rlhf_llama_{n}", f"hh_rlhf_llama_{n}") for n in ("7b", "13b"))]
+)
+def test_a_chain_holds_the_same_rows_out_of_both_its_trainings(sft: str, rm: str) -> None:
+    """The last rows of a file: a reward model is judged on what the policy that it starts from has not learnt."""
+    shares = {
+        compose_stage(stage, [f"conf={name}"]).values["data"]["validation_split_percentage"]
+        for stage, name in (("sft", sft), ("rm", rm))
+    }
+    assert len(shares) == 1, shares
 
 
 # --- what the recipes read
