@@ -45,13 +45,13 @@ def test_groups_are_chosen_by_one_word() -> None:
     assert sft("lora=qlora").config.model.quantization == "nf4"
 
 
-GROUPS = [
-    (stage, recipe.name, group) for stage, info in STAGES.items() for recipe in recipes(info) for group in info.groups
-]
+# Recipes with values in most groups.
+FULL = {"sft": "hh_rlhf_llama_7b", "rm": "instructgpt_kwise", "ppo": "hh_rlhf_llama_7b", "raft": "shakespeare_happy"}
 
 
-@pytest.mark.parametrize(("stage", "recipe", "group"), GROUPS)
-def test_a_group_on_the_command_line_wins_over_the_values_of_a_recipe(stage: str, recipe: str, group: str) -> None:
+@pytest.mark.parametrize(("stage", "group"), [(stage, group) for stage in FULL for group in STAGES[stage].groups])
+def test_a_group_on_the_command_line_wins_over_the_values_of_a_recipe(stage: str, group: str) -> None:
+    recipe = FULL[stage]
     before = compose_stage(stage, [f"conf={recipe}"]).values
     for option in options(group, STAGES[stage]):
         text = (conf_dir() / group / f"{option}.yaml").read_text()

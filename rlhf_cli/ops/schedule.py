@@ -32,4 +32,4 @@ def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
         share = 1 - done
     else:
         share = (1 + math.cos(math.pi * done)) / 2
-    return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * share)
+    return optim.lr * (optim.last_ratio + (1 - optim.last_ratio) * share)

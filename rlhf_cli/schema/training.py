@@ -21,10 +21,17 @@ class OptimConfig:
     schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = opt(
         "cosine", "after the warm-up: constant, linear to min_lr_ratio, cosine to it, or 1/sqrt(step) (Noam)"
     )
-    min_lr_ratio: float = opt(0.1, "lr at the end / lr (linear and cosine); Llama 2 uses 0.1", ge=0, le=1)
+    min_lr_ratio: float | None = opt(
+        None, "lr at the end / lr; null = 0 for linear, 0.1 for cosine (as Llama 2 has it)", ge=0, le=1
+    )
     warmup_ratio: float = opt(0.03, "share of the steps with growing lr", ge=0, le=1)
     min_warmup_steps: int = opt(5, "at least so many steps of warm-up when warmup_ratio > 0", ge=0)
     max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm; 0 = never", ge=0)
+
+    @property
+    def last_ratio(self) -> float:
+        """min_lr_ratio, or what the schedule stands for."""
+        return {"cosine": 0.1}.get(self.schedule, 0.0) if self.min_lr_ratio is None else self.min_lr_ratio
 
     def check(self) -> Iterator[Problem]:
         if len(self.betas) != 2:
