@@ -14,6 +14,10 @@ from typing import Any, Literal, NamedTuple
 TERMINAL_FD_VARIABLE = "RLHF_TERMINAL_FD"
 # The process whose death must end the ranks; absent when ranks live on other machines.
 FRONT_PID_VARIABLE = "RLHF_FRONT_PID"
+# How many ranks the front has planned with; a launcher may start another number.
+PLANNED_RANKS_VARIABLE = "RLHF_PLANNED_RANKS"
+# GPUs that the front has counted where it runs; absent when there are none, or none shall be used.
+COUNTED_GPUS_VARIABLE = "RLHF_COUNTED_GPUS"
 # Begins the line that each start adds to a log.
 START_MARK = "===== "
 

@@ -4,8 +4,10 @@
 #
 #   MODEL=/models/llama-7b scripts/hh_rlhf_llama_7b.sh
 #   MODEL=/models/llama-7b ALIGN=raft scripts/hh_rlhf_llama_7b.sh train.seed=1 logging.wandb=true
-#   MODEL=/models/llama-7b sbatch --nodes=1 --gpus-per-node=8 --ntasks-per-node=1 --requeue --signal=TERM@300 \
-#       --wrap "scripts/hh_rlhf_llama_7b.sh launch=slurm launch.num_processes=8"
+#   MODEL=/models/llama-7b sbatch --nodes=1 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=12 --signal=TERM@300 \
+#       --wrap "scripts/hh_rlhf_llama_7b.sh launch=slurm"
+#
+# A job that meets its time limit saves and ends with 143; submit it again, or see docs/multi-gpu.md for one that does so itself.
 #
 # Arguments are overrides of every training stage; SFT_ARGS, RM_ARGS, RAFT_ARGS and PPO_ARGS hold those of one.
 set -euo pipefail
@@ -22,11 +24,11 @@ run rlhf rm conf=hh_rlhf_llama_7b model.path="$RUNS/sft" data.path="$RM_DATA" ru
 if [[ " $ALIGN " == *" raft "* ]]; then
     run rlhf merge-lora merge.adapter="$RUNS/rm" run_dir="$RUNS/rm_merged"
     run rlhf raft conf=hh_rlhf_llama_7b model.path="$RUNS/sft" data.path="$RM_DATA" \
-        "reward.sources=[{path: $RUNS/rm_merged}]" run_dir="$RUNS/raft" "${RAFT_WORDS[@]}" "$@"
+        "reward.sources=[{path: '$RUNS/rm_merged'}]" run_dir="$RUNS/raft" "${RAFT_WORDS[@]}" "$@"
 fi
 if [[ " $ALIGN " == *" ppo "* ]]; then
     # The unmerged reward model shares its base with policy and critic (ppo.sharing=hydra).
     run rlhf ppo conf=hh_rlhf_llama_7b model.path="$RUNS/sft" data.path="$RM_DATA" \
-        "reward.sources=[{path: $RUNS/rm}]" run_dir="$RUNS/ppo" "${PPO_WORDS[@]}" "$@"
+        "reward.sources=[{path: '$RUNS/rm'}]" run_dir="$RUNS/ppo" "${PPO_WORDS[@]}" "$@"
     run rlhf merge-lora merge.adapter="$RUNS/ppo" run_dir="$RUNS/ppo_merged"
 fi

@@ -26,9 +26,9 @@ run rlhf rm conf=hh_pairs lora=r16 optim.lr=1e-3 model.path="$RUNS/sft" data.pat
 run rlhf merge-lora merge.adapter="$RUNS/rm" run_dir="$RUNS/rm_merged"
 if [[ " $ALIGN " == *" raft "* ]]; then
     run rlhf raft conf=hh_pairs model.path="$RUNS/sft" data.path="$DATA" \
-        "reward.sources=[{path: $RUNS/rm_merged}]" run_dir="$RUNS/raft" "${common[@]}" "${RAFT_WORDS[@]}" "$@"
+        "reward.sources=[{path: '$RUNS/rm_merged'}]" run_dir="$RUNS/raft" "${common[@]}" "${RAFT_WORDS[@]}" "$@"
 fi
 if [[ " $ALIGN " == *" ppo "* ]]; then
     run rlhf ppo conf=hh_pairs model.path="$RUNS/sft" data.path="$DATA" \
-        "reward.sources=[{path: $RUNS/rm_merged}]" run_dir="$RUNS/ppo" "${common[@]}" "${PPO_WORDS[@]}" "$@"
+        "reward.sources=[{path: '$RUNS/rm_merged'}]" run_dir="$RUNS/ppo" "${common[@]}" "${PPO_WORDS[@]}" "$@"
 fi

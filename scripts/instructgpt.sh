@@ -3,7 +3,10 @@
 # Start it again and it goes on where it was, or finds that nothing is left to do.
 #
 #   MODEL=EleutherAI/pythia-1.4b DEMOS=demos.jsonl RANKINGS=rankings.jsonl PROMPTS=prompts.jsonl TEXT=text.jsonl scripts/instructgpt.sh
-#   ... sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=1 --requeue --signal=TERM@300 --wrap "scripts/instructgpt.sh launch=slurm"
+#   ... sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=12 --signal=TERM@300 \
+#       --wrap "scripts/instructgpt.sh launch=slurm"
+#
+# A job that meets its time limit saves and ends with 143; submit it again, or see docs/multi-gpu.md for one that does so itself.
 #
 # Arguments are overrides of every stage; SFT_ARGS, RM_ARGS and PPO_ARGS hold those of one.
 set -euo pipefail
@@ -22,4 +25,4 @@ run rlhf sft deepspeed=zero3 model.path="$MODEL" model.gradient_checkpointing=tr
     train.micro_batch_size=2 train.save_every=200 run_dir="$RUNS/sft" "${SFT_WORDS[@]}" "$@"
 run rlhf rm conf=instructgpt_kwise model.path="$RUNS/sft" data.path="$RANKINGS" run_dir="$RUNS/rm" "${RM_WORDS[@]}" "$@"
 run rlhf ppo conf=instructgpt_ptx model.path="$RUNS/sft" data.path="$PROMPTS" ppo.ptx.data.path="$TEXT" \
-    "reward.sources=[{path: $RUNS/rm}]" run_dir="$RUNS/ppo" "${PPO_WORDS[@]}" "$@"
+    "reward.sources=[{path: '$RUNS/rm'}]" run_dir="$RUNS/ppo" "${PPO_WORDS[@]}" "$@"

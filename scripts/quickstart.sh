@@ -16,7 +16,7 @@ setup
 RUNS="${RUNS:-runs/quickstart}"
 source scripts/chain.sh
 words_of SFT RM PPO RAFT
-judge="reward.sources=[{path: $RUNS/rm_merged}]"
+judge="reward.sources=[{path: '$RUNS/rm_merged'}]"
 
 run rlhf sft conf=quickstart run_dir="$RUNS/sft" "${SFT_WORDS[@]}" "$@"
 run rlhf rm conf=quickstart model.path="$RUNS/sft" run_dir="$RUNS/rm" "${RM_WORDS[@]}" "$@"

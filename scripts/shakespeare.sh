@@ -16,7 +16,7 @@ RUNS="${RUNS:-runs/shakespeare}"
 ALIGN="${ALIGN:-ppo raft}"                    # ppo, raft, or both
 source "$(dirname "${BASH_SOURCE[0]}")/chain.sh"
 words_of SFT RM RAFT PPO
-happy="reward.sources=[{type: classifier, path: $RUNS/mood, label: happy}]"
+happy="reward.sources=[{type: classifier, path: '$RUNS/mood', label: happy}]"
 
 run rlhf sft conf="$SFT_CONF" data.path="$PLAYS" run_dir="$RUNS/sft" "${SFT_WORDS[@]}" "$@"
 run rlhf rm conf=shakespeare_sentiment model.path="$RUNS/sft" data.path="$LABELS" run_dir="$RUNS/mood" \

@@ -11,10 +11,17 @@ options = dict(word[2:].split("=", 1) for word in sys.argv[1:] if word.startswit
 command = sys.argv[1:]
 while command[0].startswith("--"):
     command.pop(0)
-nodes, per_node = int(options["nodes"]), int(options["ntasks-per-node"])
+nodes = int(options["nodes"])
+# --ntasks-per-node counts only where nothing says --ntasks, and sbatch has said it in the environment.
+count = int(options.get("ntasks") or os.environ.get("SLURM_NTASKS") or nodes * int(options["ntasks-per-node"]))
+per_node = -(-count // nodes)
+cpus = int(os.environ.get("SLURM_CPUS_ON_NODE", sys.maxsize))
+if per_node * int(options.get("cpus-per-task", 1)) > cpus:
+    print("srun: error: Unable to create step: More processors requested than permitted", file=sys.stderr)
+    sys.exit(1)
 tasks = []
-for task in range(nodes * per_node):
-    slurm = {"SLURM_PROCID": task, "SLURM_LOCALID": task % per_node, "SLURM_NTASKS": nodes * per_node}
+for task in range(count):
+    slurm = {"SLURM_PROCID": task, "SLURM_LOCALID": task % per_node, "SLURM_NTASKS": count}
     env = os.environ | {name: str(value) for name, value in slurm.items()} | {"SLURM_STEP_NODELIST": "localhost"}
     tasks.append(subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL))
 

@@ -38,7 +38,8 @@ def act(deed: dict, me: RankProcess, run_dir: Path) -> None:
         case "crash" if mine:
             raise ValueError("the sum is odd")
         case "crash":
-            time.sleep(0.05)  # a peer notices after the cause, and before the launcher ends it
+            while not (run_dir / "logs" / f"error_rank_{deed['rank']}.json").exists():
+                time.sleep(0.01)  # a peer notices after the cause, and before the launcher ends it
             raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
         case "crash on stop":
             me.watch.loop_started()
@@ -63,7 +64,12 @@ def act(deed: dict, me: RankProcess, run_dir: Path) -> None:
             train(me, run_dir)
             print("saving at a closed terminal", file=me.terminal, flush=True)
             return
-        case "before loop":
+        case "before loop" if mine:
+            (run_dir / f"waiting_{me.rank}").touch()
+            time.sleep(60)
+            return
+        case "before loop":  # ahead of the other, in a collective that it never joins
+            me.watch.loop_started()
             (run_dir / f"waiting_{me.rank}").touch()
             time.sleep(60)
             return

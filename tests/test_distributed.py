@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_cli.errors import RunFailed
 from rlhf_cli.runtime import distributed
 from rlhf_cli.runtime.distributed import Ranks
 from tests.ranks import Pools, RankFailed
@@ -93,6 +94,30 @@ def test_one_process_without_a_launcher(tmp_path: Path) -> None:
         [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout) == (0, "0 1 ['x'] 1.0\n"), done.stderr
+
+
+def test_gpus_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed.own_device(1) == torch.device("cpu")
+    monkeypatch.setenv("RLHF_COUNTED_GPUS", "8")
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    said = r"torch 2\.13\.0\+cu130 \(CUDA 13\.0\) cannot use the GPUs .*\(8\).* empty CUDA_VISIBLE_DEVICES=$"
+    with pytest.raises(RunFailed, match=said):
+        distributed.own_device(1)
+
+
+@pytest.mark.parametrize(("visible", "index"), [(8, 3), (1, 0)])  # all of the machine's, or one bound by Slurm
+def test_the_gpu_of_a_rank(visible: int, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", calls.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert distributed.own_device(3) == torch.device("cuda", index)
+    assert calls == [torch.device("cuda", index), False]
+    assert os.environ["LOCAL_RANK"] == str(index), "DeepSpeed's number of the device"
 
 
 def one_raises(ranks: Ranks) -> None:

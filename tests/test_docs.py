@@ -103,6 +103,36 @@ def test_the_pages_show_commands() -> None:
     assert {"README.md", "sft.md", "data.md", "help of sft", *(p.name for p in RECIPES)} <= shown
 
 
+# --- batch scripts
+
+
+def batch_jobs() -> Iterator[tuple[str, str]]:
+    """(page, text) of every batch script and sbatch line on a page or in the head of a script."""
+    for page in [*PAGES, *sorted((ROOT / "scripts").glob("*.sh"))]:
+        text = page.read_text(encoding="utf-8")
+        yield from (
+            (page.name, found[0])
+            for found in re.finditer(r"^```bash\n(?:(?!```).*\n)*?.*SBATCH(?:(?!```).*\n)*", text, re.M)
+        )
+        yield from ((page.name, found[0]) for found in re.finditer(r"^.*sbatch --(?:.*\\\n)*.*$", text, re.M))
+
+
+@pytest.mark.parametrize("job", list(batch_jobs()), ids=lambda job: job[0])
+def test_a_batch_job_has_cores_for_its_ranks_and_comes_back_after_its_limit(job: tuple[str, str]) -> None:
+    page, text = job
+    (gpus,) = re.findall(r"--gpus-per-node=(\d+)", text)
+    assert f"--ntasks-per-node={gpus} --cpus-per-task=12" in text, page
+    assert "--signal=TERM@300" in text, "to the ranks; with B: it would end at the shell"
+    # Slurm's own --requeue is for preemption and lost machines.
+    assert ("--requeue" in text) == ("scontrol requeue" in text), page
+
+
+def test_the_pages_show_batch_jobs() -> None:
+    assert sorted(page for page, _ in batch_jobs()) == [
+        "hh_rlhf_llama_7b.sh", "instructgpt.sh", "multi-gpu.md", "sft.md"
+    ]  # fmt: skip
+
+
 # --- links
 
 

@@ -7,6 +7,7 @@ import os
 import pty
 import signal
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -126,6 +127,16 @@ def test_a_stop_before_the_loop_has_nothing_to_save(tmp_path: Path) -> None:
     note = json.loads((tmp_path / "logs" / "error_rank_0.json").read_text())
     assert note["kind"] == "interrupted"
     assert (tmp_path / ".stop").read_text() == "15\n"
+
+
+def test_a_stop_while_the_ranks_are_at_different_places(tmp_path: Path) -> None:
+    job = Job(tmp_path, {"do": "before loop", "rank": 1}, TWO)
+    job.wait_for_files("waiting_0", "waiting_1")
+    below = descendants(job.front.pid)
+    job.front.send_signal(signal.SIGTERM)
+    assert job.wait(10) == 143
+    assert job.output == "\nstopping: saving what is done; again to quit at once\n"
+    assert all(gone(pid) for pid in below)
 
 
 def test_a_rank_that_breaks_while_it_saves_is_a_failure(tmp_path: Path) -> None:
@@ -282,7 +293,10 @@ def test_a_job_may_run_outside_the_main_thread() -> None:
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
-    """The environment of an allocation of two machines with one task each, and an srun that runs them here."""
+    """The environment of an allocation of two machines with one task each, and an srun that runs them here.
+
+    SLURM_NTASKS is what sbatch makes of --ntasks-per-node=1.
+    """
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "srun").symlink_to(Path(__file__).parent / "fake_srun.py")
@@ -291,6 +305,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         "SLURM_JOB_ID": "77",
         "SLURM_NNODES": "2",
         "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_NTASKS": "2",
     }
 
 
@@ -305,12 +320,40 @@ def test_slurm_tasks_find_their_ranks(tmp_path: Path, slurm: dict[str, str]) -> 
         assert env["MASTER_PORT"] == job.env(0)["MASTER_PORT"]
 
 
+def test_slurm_starts_the_ranks_that_are_asked_for(tmp_path: Path, slurm: dict[str, str]) -> None:
+    """Whatever sbatch was told: SLURM_NTASKS is srun's --ntasks unless the command line has one."""
+    job = Job(tmp_path, {"do": "talk"}, {"num_processes": 2}, env=slurm | {"SLURM_CPUS_ON_NODE": "24"})
+    assert job.wait() == 0, job.output
+    places = [(job.env(rank)["LOCAL_RANK"], job.env(rank)["WORLD_SIZE"]) for rank in range(4)]
+    assert places == [("0", "4"), ("1", "4")] * 2
+
+
+def test_slurm_starts_another_number_of_ranks(tmp_path: Path, slurm: dict[str, str]) -> None:
+    srun = tmp_path / "bin" / "srun"
+    srun.unlink()
+    fake = Path(__file__).parent / "fake_srun.py"
+    srun.write_text(f'#!/bin/bash\nexec {sys.executable} {fake} "${{@/--ntasks=4/--ntasks=2}}"\n')
+    srun.chmod(0o755)
+    job = Job(tmp_path, {"do": "talk"}, {"num_processes": 2}, env=slurm)
+    assert job.wait() == 1
+    assert job.output.startswith("error: 4 ranks were planned, but the launcher started 2: ")
+    assert "hello" not in job.output
+
+
 def test_slurm_tells_a_rank_to_stop(tmp_path: Path, slurm: dict[str, str]) -> None:
     job = Job(tmp_path, {"do": "train"}, {}, env=slurm)
     job.wait_for_files("in_loop_0", "in_loop_1")
     os.kill(job.pid(1), signal.SIGUSR1)  # one is told, all save
     assert job.wait(10) == 143
     assert (tmp_path / "saved_0").read_text() == (tmp_path / "saved_1").read_text() == "15"
+
+
+def test_slurm_stops_ranks_at_different_places(tmp_path: Path, slurm: dict[str, str]) -> None:
+    job = Job(tmp_path, {"do": "before loop", "rank": 1}, {}, env=slurm)
+    job.wait_for_files("waiting_0", "waiting_1")
+    os.kill(job.pid(1), signal.SIGTERM)
+    assert job.wait(10) == 143
+    assert "error" not in job.output
 
 
 def test_slurm_kills_a_task(tmp_path: Path, slurm: dict[str, str]) -> None:

@@ -152,3 +152,5 @@ def test_what_an_ended_job_means(tmp_path: Path) -> None:
     assert exit_code(1) == 1
     note(tmp_path, 1, "stopped by SIGTERM before the first step", 11.0, "interrupted")
     assert exit_code(1) == 143
+    assert exit_code(143, output="srun: error: node1: task 1: Exited with exit code 143\n") == 143
+    assert exit_code(1, output=elastic_report({1: 143, 0: -15}, closed=(0,))) == 143

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from pathlib import Path
 
 import pytest
 
+from rlhf_cli.config.freeze import claim
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.launch import choose_launcher, devices, num_processes, world_size
 from rlhf_cli.launch.elastic import SPINS, elastic_command, free_port
@@ -149,12 +152,16 @@ def test_settings_reach_the_other_machines(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("HF_HOME", "/our/cache")
     monkeypatch.setenv("HF_STRANGE", 'a"b')  # what the runner cannot quote stays here
     monkeypatch.setenv("SOMETHING", "else")
+    monkeypatch.setenv("RLHF_CACHE", "/scratch/tokens")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv("RLHF_TERMINAL_FD", "0")  # of this machine
     (tmp_path / ".deepspeed_env").write_text("HF_HOME=/their/cache\nMINE=x=y\n")
     lines = deepspeed_environment().splitlines()
     assert "HF_HUB_OFFLINE=1" in lines
     assert "MINE=x=y" in lines
+    assert {"RLHF_CACHE=/scratch/tokens", "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"} < set(lines)
     assert [line for line in lines if line.startswith("HF_HOME")] == ["HF_HOME=/their/cache"]
-    assert not [line for line in lines if line.startswith(("HF_STRANGE", "SOMETHING"))]
+    assert not [line for line in lines if line.startswith(("HF_STRANGE", "SOMETHING", "RLHF_TERM"))]
 
 
 def test_deepspeeds_runner_reads_our_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +180,25 @@ def test_deepspeeds_runner_reads_our_settings(tmp_path: Path, monkeypatch: pytes
     assert any('export HF_HOME="/our cache";' in word for word in words)
     assert words[-2:] == ["rlhf_cli.worker", str(tmp_path / "config.yaml")]
     assert {"--module", "--no_local_rank", "node1,node2"} < set(words)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    if number == errno.EIO:  # anything else is what it was
+        with pytest.raises(ConfigError, match=r"run_dir: .*run cannot be written to \(.*Input/output error"):
+            claim(tmp_path / "run", "new", {"stage": "sft"})
+        return
+    held, frozen = claim(tmp_path / "run", "new", {"stage": "sft"})
+    held.close()
+    assert frozen.read_text() == "stage: sft\n"
+    said = f"{tmp_path}/run: no lock on this file system ({os.strerror(number)}); see that no second rlhf works in it\n"
+    assert capsys.readouterr().err == said
 
 
 def test_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +223,37 @@ def test_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         slurm_command(LaunchConfig(), "rlhf_cli.worker", tmp_path / "config.yaml")
     programs(tmp_path, monkeypatch, srun="exit 0")
     command = slurm_command(LaunchConfig(master_port=1234), "rlhf_cli.worker", tmp_path / "config.yaml")
-    assert command.argv[:3] == ["srun", "--nodes=3", "--ntasks-per-node=8"]
+    assert command.argv[:4] == ["srun", "--nodes=3", "--ntasks=24", "--ntasks-per-node=8"]
     assert "--cpus-per-task=8" in command.argv  # 64 / 8
+    assert {"--overlap", "--export=ALL"} < set(command.argv)
     assert command.argv[-3:] == ["-m", "rlhf_cli.worker", str(tmp_path / "config.yaml")]
-    assert command.env == {"MASTER_PORT": "1234"}
+    assert command.env == {"MASTER_PORT": "1234", "RLHF_PLANNED_RANKS": "24"}
+
+
+def test_the_cpus_of_a_slurm_allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sbatch sets for the lines that the documents show, and for one that asks for too little."""
+    programs(tmp_path, monkeypatch, srun="exit 0")
+    for name, value in {"JOB_ID": "7", "NNODES": "2", "GPUS_ON_NODE": "8", "CPUS_ON_NODE": "96"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    argv = slurm_command(LaunchConfig(), "rlhf_cli.worker", tmp_path / "config.yaml").argv
+    assert {"--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=12"} < set(argv)
+    monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", "96,64")  # every machine has to carry its ranks
+    argv = slurm_command(LaunchConfig(), "rlhf_cli.worker", tmp_path / "config.yaml").argv
+    assert "--cpus-per-task=8" in argv
+    monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", "2(x2)")  # --ntasks-per-node=1 and nothing else
+    with pytest.raises(ConfigError, match=r"num_processes: 8 ranks on a machine, but the allocation has 2 of its CPUs"):
+        world_size(LaunchConfig(launcher="slurm"))
+
+
+def test_ranks_are_told_what_the_front_reckons_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs(tmp_path, monkeypatch, pdsh="exit 0")
+    (tmp_path / "hosts").write_text("node1 slots=8\nnode2 slots=4\n")
+    hostfile = LaunchConfig(hostfile=str(tmp_path / "hosts"))
+    command = elastic_command(LaunchConfig(), 2, "m", tmp_path / "config.yaml", tmp_path)
+    assert (command.env["RLHF_PLANNED_RANKS"], "RLHF_COUNTED_GPUS" in command.env) == ("2", False)
+    deepspeed_command(hostfile, "m", tmp_path / "config.yaml", tmp_path)
+    assert "RLHF_PLANNED_RANKS=12\n" in (tmp_path / "deepspeed_env").read_text()
+    monkeypatch.setattr("rlhf_cli.launch.command.visible_gpus", lambda: 8)
+    assert elastic_command(LaunchConfig(), 2, "m", tmp_path / "c.yaml", tmp_path).env["RLHF_COUNTED_GPUS"] == "8"
+    deepspeed_command(hostfile, "m", tmp_path / "config.yaml", tmp_path)
+    assert "RLHF_COUNTED_GPUS=8\n" in (tmp_path / "deepspeed_env").read_text()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
@@ -23,6 +25,8 @@ MAY_DIFFER = (
     "raft.frozen", "ppo.ptx.data.cache_dir",
 )  # fmt: skip
 MAY_GROW = ("train.max_steps", "train.epochs", "ppo.num_iterations", "raft.num_iterations")
+# What flock(2) says on file systems without it: Lustre mounted without -o flock, some of NFS and FUSE.
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class Standing(NamedTuple):
@@ -156,7 +160,10 @@ def freeze(run_dir: Path, values: dict[str, Any]) -> Path:
 
 
 def lock(run_dir: Path) -> TextIO:
-    """Keep other processes out of a run directory for as long as the returned file is open."""
+    """Keep other processes out of a run directory for as long as the returned file is open.
+
+    Where the file system knows no locks nobody is kept out; a note on standard error says so.
+    """
     file = (run_dir / ".lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -164,6 +171,11 @@ def lock(run_dir: Path) -> TextIO:
         file.seek(0)
         holder = file.read().strip() or "unknown"
         raise ConfigError([Problem("run_dir", f"{run_dir} is in use by another rlhf process (pid {holder})")]) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        note = f"{run_dir}: no lock on this file system ({error.strerror}); see that no second rlhf works in it"
+        print(note, file=sys.stderr, flush=True)
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import signal
 from typing import NamedTuple
 
+from rlhf_cli.jobfiles import COUNTED_GPUS_VARIABLE, PLANNED_RANKS_VARIABLE
+from rlhf_cli.launch.devices import visible_gpus
+
 
 class JobCommand(NamedTuple):
     """argv, env: the launcher's command line and what it adds to our environment.
@@ -19,3 +22,9 @@ class JobCommand(NamedTuple):
     shares_terminal: bool
     end_signal: signal.Signals
     notes: tuple[str, ...] = ()
+
+
+def told_to_ranks(ranks: int) -> dict[str, str]:
+    """Environment in which every rank finds what the front has reckoned with, to compare it with what is there."""
+    gpus = visible_gpus()
+    return {PLANNED_RANKS_VARIABLE: str(ranks), **({COUNTED_GPUS_VARIABLE: str(gpus)} if gpus else {})}

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from rlhf_cli.jobfiles import FRONT_PID_VARIABLE, TERMINAL_FD_VARIABLE
-from rlhf_cli.launch.command import JobCommand
+from rlhf_cli.launch.command import JobCommand, told_to_ranks
 from rlhf_cli.launch.devices import threads_per_rank
 from rlhf_cli.schema import LaunchConfig
 
@@ -25,7 +25,7 @@ def elastic_command(launch: LaunchConfig, ranks: int, module: str, config_path: 
     argv = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *rendezvous]
     argv += ["--local-addr", "localhost", "--max-restarts", "0", "--log-dir", str(scratch)]
     argv += ["--module", module, str(config_path)]
-    env = {FRONT_PID_VARIABLE: str(os.getpid()), TERMINAL_FD_VARIABLE: "0"}
+    env = {FRONT_PID_VARIABLE: str(os.getpid()), TERMINAL_FD_VARIABLE: "0", **told_to_ranks(ranks)}
     if "OMP_NUM_THREADS" not in os.environ:
         env["OMP_NUM_THREADS"] = str(threads_per_rank(ranks))
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):

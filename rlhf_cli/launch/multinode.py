@@ -11,15 +11,16 @@ import sys
 from pathlib import Path
 
 from rlhf_cli.errors import ConfigError, Problem
-from rlhf_cli.launch.command import JobCommand
+from rlhf_cli.launch.command import JobCommand, told_to_ranks
 from rlhf_cli.launch.devices import visible_gpus
 from rlhf_cli.launch.elastic import free_port
 from rlhf_cli.schema import LaunchConfig
 
 # pdsh starts ranks in a bare login environment; these are the settings of ours that change what a rank does.
 FORWARDED_PREFIXES = (
-    *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "NCCL_", "GLOO_", "TORCH_", "TRITON_", "WANDB_"),
-    *("CUDA_HOME", "TMPDIR", "PATH", "LD_LIBRARY_PATH", "XDG_CACHE_HOME"),
+    *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "TRITON_"),
+    *("WANDB_", "CUDA_HOME", "TMPDIR", "PATH", "LD_LIBRARY_PATH", "XDG_CACHE_HOME"),
+    "RLHF_CACHE",  # no other RLHF_: a descriptor or a process of this machine means nothing on another
 )
 
 
@@ -75,7 +76,8 @@ def deepspeed_command(launch: LaunchConfig, module: str, config_path: Path, scra
         argv += ["--num_gpus", str(launch.num_processes)]
     argv += ["--module", module, str(config_path.resolve())]
     environment_file = scratch / "deepspeed_env"
-    environment_file.write_text(deepspeed_environment(), encoding="utf-8")
+    told = "".join(f"{key}={value}\n" for key, value in told_to_ranks(hostfile_world_size(launch)).items())
+    environment_file.write_text(deepspeed_environment() + told, encoding="utf-8")
     # SIGTERM makes the runner end the ranks on every machine; killed, it would leave them behind.
     env = {"DS_ENV_FILE": str(environment_file)}
     return JobCommand(argv, env, shares_terminal=False, end_signal=signal.SIGTERM)
@@ -103,11 +105,18 @@ def slurm_nodes() -> int:
 
 
 def slurm_world_size(launch: LaunchConfig) -> int:
-    """Ranks over all machines of the allocation. Raises ConfigError outside of one."""
+    """Ranks over all machines of the allocation. Raises ConfigError outside of one, or when it is too small."""
     if not slurm_nodes():
         message = "slurm works inside an allocation only (sbatch or salloc); SLURM_JOB_ID is not set"
         raise ConfigError([Problem("launch.launcher", message)])
-    return slurm_nodes() * slurm_ranks_per_node(launch)
+    ranks, cpus = slurm_ranks_per_node(launch), slurm_cpus_per_node()
+    if 0 < cpus < ranks:
+        message = (
+            f"{ranks} ranks on a machine, but the allocation has {cpus} of its CPUs; ask sbatch for"
+            f" --ntasks-per-node={ranks} --cpus-per-task=12 (or what a machine has for each), or for --exclusive"
+        )
+        raise ConfigError([Problem("launch.num_processes", message)])
+    return slurm_nodes() * ranks
 
 
 def slurm_ranks_per_node(launch: LaunchConfig) -> int:
@@ -120,30 +129,31 @@ def slurm_ranks_per_node(launch: LaunchConfig) -> int:
     return max(1, visible_gpus())
 
 
+def slurm_cpus_per_node() -> int:
+    """CPUs on each machine of the allocation, where it has the fewest; 0 when Slurm does not tell."""
+    listed = os.environ.get("SLURM_JOB_CPUS_PER_NODE") or os.environ.get("SLURM_CPUS_ON_NODE", "")
+    return min(map(int, re.findall(r"(?:^|,)(\d+)", listed)), default=0)  # "96(x2),64": two machines of 96, one of 64
+
+
 def slurm_command(launch: LaunchConfig, module: str, config_path: Path) -> JobCommand:
     """srun over the whole allocation; each task finds its rank in Slurm's own variables."""
-    if not slurm_nodes():
-        raise ConfigError(
-            [
-                Problem(
-                    "launch.launcher",
-                    "slurm works inside an allocation only (sbatch or salloc); SLURM_JOB_ID is not set",
-                )
-            ]
-        )
+    world_size = slurm_world_size(launch)
     if not shutil.which("srun"):
         raise ConfigError([Problem("launch.launcher", "slurm needs the program srun, which is not on PATH")])
     ranks = slurm_ranks_per_node(launch)
-    argv = ["srun", f"--nodes={slurm_nodes()}", f"--ntasks-per-node={ranks}"]
+    # ntasks: else srun takes the allocation's own number from SLURM_NTASKS and drops --ntasks-per-node (its opt.c).
+    argv = ["srun", f"--nodes={slurm_nodes()}", f"--ntasks={world_size}", f"--ntasks-per-node={ranks}"]
     # overlap: the shell we run in may itself be a step that holds the resources.
     argv += ["--kill-on-bad-exit=1", "--input=none", "--quit-on-interrupt", "--overlap"]
-    if os.environ.get("SLURM_CPUS_ON_NODE", "").isdecimal():
+    argv.append("--export=ALL")  # after sbatch --export=NONE srun would keep what we tell the ranks to itself
+    if slurm_cpus_per_node():
         # srun gives a task one core unless told otherwise, since Slurm 22.05 also under sbatch --cpus-per-task.
-        argv.append(f"--cpus-per-task={max(1, int(os.environ['SLURM_CPUS_ON_NODE']) // ranks)}")
+        argv.append(f"--cpus-per-task={slurm_cpus_per_node() // ranks}")
     argv += [sys.executable, "-m", module, str(config_path.resolve())]
     port = free_port() if launch.master_port == "auto" else launch.master_port
     # With --quit-on-interrupt one SIGINT ends the step on all machines.
-    return JobCommand(argv, {"MASTER_PORT": str(port)}, shares_terminal=False, end_signal=signal.SIGINT)
+    env = {"MASTER_PORT": str(port), **told_to_ranks(world_size)}
+    return JobCommand(argv, env, shares_terminal=False, end_signal=signal.SIGINT)
 
 
 def describe(command: JobCommand) -> str:

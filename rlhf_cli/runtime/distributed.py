@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from rlhf_cli.errors import RunFailed
+from rlhf_cli.jobfiles import COUNTED_GPUS_VARIABLE
+
 T = TypeVar("T")
 
 
@@ -35,6 +38,7 @@ def init(timeout_seconds: float) -> Ranks:
 
     Without RANK this process becomes a job of one, with a real process group, so that no code needs a second path.
     A collective that is not answered within timeout_seconds raises on the ranks that wait.
+    Raises RunFailed where there are GPUs that torch cannot use.
     """
     assert not dist.is_initialized(), "init is called once per process"
     alone = "RANK" not in os.environ
@@ -43,10 +47,7 @@ def init(timeout_seconds: float) -> Ranks:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+    device = own_device(local_rank)
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(seconds=timeout_seconds),
@@ -55,6 +56,26 @@ def init(timeout_seconds: float) -> Ranks:
         store=dist.HashStore() if alone else None,  # type: ignore[attr-defined]
     )
     return Ranks(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
+
+
+def own_device(local_rank: int) -> torch.device:
+    """Choose this process's device and set it up: a GPU that torch can use, else the CPU."""
+    counted = os.environ.get(COUNTED_GPUS_VARIABLE)
+    if not torch.cuda.is_available():
+        if counted:
+            raise RunFailed(
+                f"torch {torch.__version__} (CUDA {torch.version.cuda or 'none'}) cannot use the GPUs that are visible"
+                f" here ({counted}); install a torch for the driver that nvidia-smi shows, or run on CPU on purpose"
+                " with an empty CUDA_VISIBLE_DEVICES="
+            )
+        return torch.device("cpu")
+    # Under Slurm's binding (--gpus-per-task=1) each process sees its own GPU alone, under the number 0.
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of the device
+    # It is torch's first choice on Hopper, and builds a graph, tens of milliseconds, for every new length of keys.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
 
 
 def barrier() -> None:

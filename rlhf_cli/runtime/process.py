@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn, TextIO
 
 from rlhf_cli.errors import EXIT_FAILED, RlhfError, RunFailed
-from rlhf_cli.jobfiles import FRONT_PID_VARIABLE, START_MARK, TERMINAL_FD_VARIABLE, FailureNote, rank_log, write_note
+from rlhf_cli.jobfiles import (
+    FRONT_PID_VARIABLE,
+    PLANNED_RANKS_VARIABLE,
+    START_MARK,
+    TERMINAL_FD_VARIABLE,
+    FailureNote,
+    launcher_log,
+    rank_log,
+    write_note,
+)
 from rlhf_cli.runtime.stop import StopWatch
 from rlhf_cli.runtime.terminal import open_terminal
 
@@ -45,7 +54,8 @@ def start_rank(run_dir: Path) -> RankProcess:
     """Make this process a rank. The first thing a worker does, before any heavy import; call once.
 
     Reads RANK, LOCAL_RANK, WORLD_SIZE (set from Slurm's variables where they are missing), moves everything that is
-    printed into logs/rank_N.log, and starts to watch for a stop.
+    printed into logs/rank_N.log, and starts to watch for a stop. Ends with a note for the front where the launcher has
+    started another number of ranks than planned: every batch would be another one.
     """
     by_slurm = "RANK" not in os.environ and "SLURM_PROCID" in os.environ
     if by_slurm:
@@ -60,12 +70,23 @@ def start_rank(run_dir: Path) -> RankProcess:
         f"{START_MARK}{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC: rank {rank} of {world_size},"
         f" process {os.getpid()} on {socket.gethostname()}"
     )
+    planned = os.environ.get(PLANNED_RANKS_VARIABLE, str(world_size))
+    if planned != str(world_size):
+        end_rank(report_failure(run_dir, RunFailed(_other_number(planned, world_size, run_dir))))
     set_up_logging()
     watch = StopWatch(run_dir, rank)
     if by_slurm:
         watch.listen_to_slurm()
     watch.start()
     return RankProcess(rank, local_rank, world_size, terminal, watch)
+
+
+def _other_number(planned: str, started: int, run_dir: Path) -> str:
+    return (
+        f"{planned} ranks were planned, but the launcher started {started}: {launcher_log(run_dir)} has its command."
+        " Under Slurm an option of srun (SLURM_* in the environment) disagrees with the allocation; ask sbatch for"
+        " --ntasks-per-node=RANKS, or set launch.num_processes"
+    )
 
 
 def report_failure(run_dir: Path, error: BaseException) -> int:

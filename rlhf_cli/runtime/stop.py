@@ -74,8 +74,10 @@ class StopWatch:
             self._requested = signum
             if self._in_loop:
                 return
+            code = 128 + signum
             message = f"stopped by {signal.Signals(signum).name} before the first step; there is nothing to save"
             host = socket.gethostname()
-            write_note(self._run_dir, FailureNote(time.time(), self._rank, host, "interrupted", message, "", 0))
+            write_note(self._run_dir, FailureNote(time.time(), self._rank, host, "interrupted", message, "", code))
             print(message, file=sys.stderr, flush=True)
-            os._exit(0)
+            # Not 0: a peer that is ahead of us would wait in a collective for one that its launcher calls finished.
+            os._exit(code)
