@@ -23,7 +23,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
         return {}
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is damaged ({error}); run that stage again in a new run_dir") from None
     if not isinstance(manifest, dict):
         raise ModelError(f"{path} is damaged (no JSON object); run that stage again in a new run_dir")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rlhf_cli.align.batch import collate_responses, share_of_rank
 from rlhf_cli.align.forward import response_logprobs, response_values, token_values
 from rlhf_cli.errors import RlhfError
+from rlhf_cli.models.tokenizer import tokenizer_digest
 from rlhf_cli.ppo.models import Models
 from rlhf_cli.reward.source import ScoredText
 from rlhf_cli.runtime import checkpoint
@@ -131,6 +132,25 @@ def close(models: Models) -> None:
     models.policy.destroy()
     if models.critic is not None:
         models.critic.destroy()
+
+
+def values_at_the_end(ranks: Ranks, run_dir: str, config: PpoConfig, save: bool = False) -> Any:
+    """(values, scores that the policy learns from) of the same texts, read at the same EOS."""
+    models, run = opened(ranks, run_dir, config)
+    tokenizer, digest = models.text.tokenizer, tokenizer_digest(models.text.tokenizer)
+    ids = [np.concatenate(pair) for pair in zip(*random_texts(seed=1), strict=True)]
+    texts = [
+        ScoredText(None, tokenizer.decode(one), token_ids=tuple(one.tolist()), tokenizer_digest=digest) for one in ids
+    ]
+    with models.scoring() as rewards:
+        scores = rewards.score(texts).total.numpy()
+    assert models.critic is not None
+    ends = [np.full(2, tokenizer.eos_token_id, np.int32)] * len(ids)  # the value before the second is read at the first
+    values = response_values(models.critic.forward, ids, ends, tokenizer.pad_token_id, MICRO, ranks)[:, 1].numpy()
+    if save:
+        models.save(run.run_dir)
+    close(models)
+    return values, scores
 
 
 def open_train_read(

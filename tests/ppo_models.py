@@ -65,14 +65,18 @@ def write_adapter_run(run_dir: Path, policy: Path, labels: list[str] | None = No
     trained = {n: p.detach().clone() for n, p in wrapped.named_parameters() if p.requires_grad}
     save_adapter(wrapped, trained, run_dir / "model", tiny_tokenizer(), str(base.resolve()))
     write_manifest(run_dir, kind="adapter", task="sequence_classification", format="peft")
-    manifest = json.loads((run_dir / "manifest.json").read_text()) | {"base_digest": digest_tree(base)}
+    return change_manifest(run_dir, base_digest=digest_tree(base))
+
+
+def change_manifest(run_dir: Path, **entries: Any) -> Path:
+    manifest = json.loads((run_dir / "manifest.json").read_text()) | entries
     (run_dir / "manifest.json").write_text(json.dumps(manifest))
     return run_dir
 
 
 def ppo_config(policy: Path, sources: list[dict[str, Any]], stage: int = 2, **more: Any) -> PpoConfig:
     """more: sections as dicts, or ppo options by name."""
-    sections = ("lora", "model", "data", "generation", "optim", "train")
+    sections = ("lora", "model", "data", "generation", "optim", "train", "reward")
     values: dict[str, Any] = {
         "model": {"path": str(policy), "dtype": "fp32"} | more.get("model", {}),
         "data": {"path": "none.jsonl", "template": "none", "max_prompt_length": 16} | more.get("data", {}),
@@ -80,7 +84,7 @@ def ppo_config(policy: Path, sources: list[dict[str, Any]], stage: int = 2, **mo
         "lora": more.get("lora", {}),
         "optim": {"lr": 1e-2, "eps": 1e-5, "max_grad_norm": 1.0} | more.get("optim", {}),
         "train": {"micro_batch_size": 2} | more.get("train", {}),
-        "reward": {"sources": sources},
+        "reward": {"sources": sources} | more.get("reward", {}),
         "ppo": {name: value for name, value in more.items() if name not in sections},
         "deepspeed": {
             "name": f"zero{stage}",

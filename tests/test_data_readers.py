@@ -116,6 +116,9 @@ def test_directory_and_glob_are_sorted(tmp_path: Path) -> None:
     assert [v["text"] for v in values(tmp_path / "[bc].jsonl")] == ["b", "c"]
 
 
+DEEP = b"[" * 100_000 + b"]" * 100_000
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason", "detail"),
     [
@@ -123,6 +126,9 @@ def test_directory_and_glob_are_sorted(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x"}\n["y"]\n', "not an object", '["y"]'),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', "not UTF-8", "0xe9"),
         ("a.csv", b"text,label\nx,1\ny\n", "wrong number of fields", "1 for 2 columns"),
+        ("a.csv", b'text,label\n"x\nx",1\n"y\ny\ny"\n', "wrong number of fields", "a.csv:4: "),
+        ("a.jsonl", b'{"text": "x"}\n{"text": ' + DEEP + b"}\n", "nested too deeply", ":2:"),
+        ("a.json", b'{"text": "x"}\n' + DEEP + b"\n", "nested too deeply", ":2:"),
         ("a.json", b'[{"text": "x"}, 3]', "not an object", "instance 2"),
     ],
 )
@@ -150,6 +156,7 @@ def test_a_bad_row_comes_as_error_with_its_place(
         ("a.json", b'{"type": 3, "instances": []}', '"type" is 3'),
         ("a.json", b'[{"text": "x"},\n{"text" "y"}]', "a.json:2: not valid JSON"),
         ("a.json", b'[{"text":\n"\xe9"}]', "a.json:2: not UTF-8"),
+        ("a.json", DEEP, "nested more deeply than Python reads"),
         ("a.txt", b"  \n", "is empty"),
         ("a.txt", b"one\ntwo\xff", "a.txt:2: not UTF-8"),
         ("a.txt", "x".encode("utf-16"), "is UTF-16"),

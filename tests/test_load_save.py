@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,25 @@ def test_generation_stops_at_eos_at_the_base_models_ends_and_at_a_one_token_stop
     (hash_id,) = tokenizer("#").input_ids
     assert make_generation_config(tokenizer, base, stop="#").eos_token_id == [eos, 7, hash_id]
     assert base.eos_token_id == [eos, 7]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"temperature": 0.9, "top_p": 0.6}, {"do_sample": True, "temperature": 0.9, "top_p": 0.6}),  # Vicuna 1.5
+        ({"do_sample": False, "top_k": 10}, {"do_sample": True, "top_k": 10}),
+        ({"temperature": 0.9, "num_beams": 1, "length_penalty": 2.0}, {"temperature": None, "length_penalty": None}),
+    ],
+)
+def test_generation_settings_that_contradict_themselves_do_not_forbid_to_save(
+    tmp_path: Path, settings: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    base = GenerationConfig(eos_token_id=7, **settings)
+    save_model(model.config, dict(model.state_dict()), tmp_path / "m", tokenizer, generation_config=base)
+    loaded = GenerationConfig.from_pretrained(tmp_path / "m")
+    assert loaded.eos_token_id == [tokenizer.eos_token_id, 7]
+    assert {name: getattr(loaded, name) for name in kept} == kept
 
 
 @pytest.mark.parametrize("tie", [False, True])

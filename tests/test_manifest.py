@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_cli.errors import CheckpointError
+from rlhf_cli.errors import CheckpointError, ModelError
 from rlhf_cli.files import digest_file, digest_tree, write_json
 from rlhf_cli.rundir import read_manifest
 from rlhf_cli.runtime import manifest
@@ -116,3 +116,10 @@ def test_scoring_looks_after_its_sources_itself(tmp_path: Path) -> None:
     values = to_dict(ScoreConfig())
     values["reward"]["sources"] = [{"path": str(model_at(tmp_path / "rm"))}]
     assert manifest.begin(tmp_path / "run", "score", values, 1)["inputs"] == {}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"])
+def test_a_damaged_manifest_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ModelError, match=r"manifest\.json is damaged \("):
+        read_manifest(tmp_path)

@@ -11,21 +11,31 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, OPTConfig
 
 from rlhf_cli.assemble import pretrained_text
+from rlhf_cli.data.templates import TEMPLATES
+from rlhf_cli.errors import ModelError
 from rlhf_cli.models.head import enable_loss
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.lora import add_lora, load_adapter
 from rlhf_cli.models.reward import enable_scores, load_reward_model
 from rlhf_cli.models.scratch import make_config, new_model
 from rlhf_cli.ppo.critic_origin import find_critic
+from rlhf_cli.ppo.models import check_ptx
 from rlhf_cli.ppo.plan import plan_run
 from rlhf_cli.schema import ArchConfig, LoadedModelConfig, PpoConfig
 from tests.ppo_model_cases import train_plain
-from tests.ppo_models import ppo_config, random_texts, write_adapter_run, write_policy_run, write_reward_run
+from tests.ppo_models import (
+    change_manifest,
+    ppo_config,
+    random_texts,
+    write_adapter_run,
+    write_policy_run,
+    write_reward_run,
+)
 from tests.reward_models import write_encoder, write_run
-from tests.tiny_models import tiny_tokenizer
+from tests.tiny_models import tiny_config, tiny_tokenizer
 
 pytestmark = pytest.mark.distributed
 CASES = "tests.ppo_model_cases:"
@@ -353,6 +363,29 @@ def test_reference_and_critic_read_the_policys_tokens(run_on_ranks: Any, tmp_pat
     assert refused(run_on_ranks, tmp_path, ppo_config(policy, [{"path": str(reward)}])) == "no error"
 
 
+def test_reference_critic_and_hydra_read_the_policys_template(run_on_ranks: Any, tmp_path: Path) -> None:
+    policy, other = write_policy_run(tmp_path / "sft"), change_manifest(write_policy_run(tmp_path / "o"), template="hh")
+    reward = change_manifest(write_reward_run(tmp_path / "rm"), template="hh")
+    adapter = change_manifest(write_adapter_run(tmp_path / "rma", policy), template="hh")
+    source, hydra = [{"path": str(reward)}], {"lora": LORA, "sharing": "hydra", "critic": "policy"}
+    for config, said in (
+        (ppo_config(policy, source, ref=str(other)), f"ppo.ref: {other} was trained with the template hh"),
+        (ppo_config(policy, source, critic="reward"), f"{reward} was trained with the template hh"),
+        (ppo_config(policy, source, critic=str(reward)), f"ppo.critic: {reward} was trained with the template hh"),
+        (ppo_config(policy, [{"path": str(adapter)}], **hydra), f"{adapter} was trained with the template hh"),
+    ):
+        told = refused(run_on_ranks, tmp_path, config)
+        assert said in told
+        assert "run the stage that made it with the template none first" in told
+    # auto falls back to the policy, and a template with the same text is the same one.
+    assert refused(run_on_ranks, tmp_path, ppo_config(policy, source)) == "no error"
+    change_manifest(other, template="tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(other / "model")
+    tokenizer.chat_template = TEMPLATES["none"].jinja
+    tokenizer.save_pretrained(other / "model")
+    assert refused(run_on_ranks, tmp_path, ppo_config(policy, source, ref=str(other))) == "no error"
+
+
 def test_which_critic(run_on_ranks: Any, tmp_path: Path) -> None:
     policy, reward = write_policy_run(tmp_path / "sft"), write_reward_run(tmp_path / "rm")
     adapter = write_adapter_run(tmp_path / "rma", policy)
@@ -381,6 +414,52 @@ def test_which_critic(run_on_ranks: Any, tmp_path: Path) -> None:
     assert critic({"path": str(reward)}, advantage="rloo") is None
 
 
+OFFSET = {"mean": 40.0, "std": 2.5}  # a reward model is trained on differences, so its scores may lie anywhere
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 2), pytest.param(2, 3, marks=SLOW)])
+def test_a_critic_starts_on_the_scale_that_is_learnt(run_on_ranks: Any, tmp_path: Path, world: int, stage: int) -> None:
+    policy = write_policy_run(tmp_path / "sft")
+    reward = change_manifest(write_reward_run(tmp_path / "rm"), reward=OFFSET)
+    sources, normal = [{"path": str(reward), "weight": 0.5}], {"normalize": True}
+    run = lambda name, critic, **more: run_on_ranks(
+        world, f"{CASES}values_at_the_end", run_dir=str(tmp_path / name), save=True,
+        config=ppo_config(policy, sources, stage, critic=critic, **more),
+    )[0]  # fmt: skip
+    values, scores = run("ppo", "reward", reward=normal)
+    assert abs(scores.mean() + 8) < 1  # 0.5 (0 - 40) / 2.5
+    np.testing.assert_allclose(values, scores, rtol=1e-5)
+    assert json.loads((tmp_path / "ppo/critic/config.json").read_text())["score_scale"] == [0.2, -8.0]
+    for name, critic, more in (
+        ("by path", str(reward), {"reward": normal}),
+        ("handed on", str(tmp_path / "ppo" / "critic"), {"reward": normal}),
+        ("weighted", "reward", {}),
+    ):
+        values, scores = run(name, critic, **more)
+        np.testing.assert_allclose(values, scores, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("sharing", ["hydra", "separate"])
+def test_a_critic_from_an_adapter_starts_on_the_scale_that_is_learnt(
+    run_on_ranks: Any, tmp_path: Path, sharing: str
+) -> None:
+    policy = write_policy_run(tmp_path / "sft")
+    adapter = change_manifest(write_adapter_run(tmp_path / "rm", policy), reward=OFFSET)
+    config = ppo_config(policy, [{"path": str(adapter)}], lora=LORA, sharing=sharing, reward={"normalize": True})
+    values, scores = run_on_ranks(1, f"{CASES}values_at_the_end", run_dir=str(tmp_path / "ppo"), config=config)[0]
+    assert abs(scores.mean() + 16) < 1
+    np.testing.assert_allclose(values, scores, rtol=1e-5)
+
+
+def test_no_critic_from_a_reward_model_whose_moments_are_not_known_yet(tmp_path: Path) -> None:
+    policy, reward = write_policy_run(tmp_path / "sft"), write_reward_run(tmp_path / "rm")
+    config = ppo_config(policy, [{"path": str(reward)}], reward={"normalize": True, "moments": "running"})
+    found = find_critic(config, None, str(policy / "model"))
+    assert found is not None
+    assert found.path == str(policy / "model")
+    assert "running moments" in found.about
+
+
 def test_too_long_for_the_models(run_on_ranks: Any, tmp_path: Path) -> None:
     policy, reward = write_policy_run(tmp_path / "sft"), write_reward_run(tmp_path / "rm")
     config = ppo_config(policy, [{"path": str(reward)}], generation={"max_new_tokens": 1020})
@@ -389,6 +468,14 @@ def test_too_long_for_the_models(run_on_ranks: Any, tmp_path: Path) -> None:
     text = {"coef": 1.0, "data": {"path": "text.txt", "max_length": 1025}}
     told = refused(run_on_ranks, tmp_path, ppo_config(policy, [{"path": str(reward)}], ptx=text))
     assert told.startswith("ppo.ptx.data.max_length: 1025 is more than the 1024 positions of the policy")
+
+
+def test_text_is_packed_for_policies_that_keep_it_apart(tmp_path: Path) -> None:
+    text = {"coef": 1.0, "data": {"path": "text.txt", "packing": True}}
+    config = ppo_config(tmp_path, [{"path": str(tmp_path)}], ptx=text)
+    check_ptx(config, tiny_config("gpt2"), 2048)
+    with pytest.raises(ModelError, match=r"^ppo\.ptx\.data\.packing: opt models"):
+        check_ptx(config, OPTConfig(), 2048)
 
 
 # --- memory

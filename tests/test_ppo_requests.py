@@ -147,6 +147,29 @@ def test_tokenizers_that_must_match(made: Path) -> None:
     assert not problems(made, ppo__critic="reward", reward=[{"path": "alien"}], **grpo)
 
 
+def test_templates_that_must_match(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "made")
+    made = tmp_path / "made"
+    write_run(made / "other", "policy", "causal_lm", stage="sft", template="hh")
+    write_run(made / "rm", template="hh")
+    write_adapter(made / "lora" / "model", made / "sft" / "model")
+    write_run(made / "lora", "adapter", template="hh")
+    for options, key, stage in (
+        ({"ppo__ref": "other"}, "ppo.ref: other", "sft"),
+        ({"ppo__critic": "reward"}, "ppo.critic: rm", "rm"),
+        ({"ppo__critic": "rm"}, "ppo.critic: rm", "rm"),
+        (HYDRA | {"reward": [{"path": "lora"}]}, "reward.sources[0].path: lora", "rm"),
+    ):
+        assert not problems(made, **options)  # the policy's template is not known before the run
+        message = one(made, data__template="alpaca", **options)
+        assert message.startswith(f"{key} was trained with the template hh, and the policy writes alpaca")
+        assert message.endswith(f"run `rlhf {stage}` with data.template=alpaca first")
+        assert not problems(made, data__template="hh", **options)
+    write_run(made / "sft", "policy", "causal_lm", stage="sft", template="alpaca")
+    assert "the policy writes alpaca" in one(made, ppo__ref="other")
+    assert not problems(made)  # a reward model that only scores reads text
+
+
 def test_how_tokenizers_differ(made: Path, tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     for folder in (a, b):
@@ -181,6 +204,9 @@ def test_a_critic_of_a_reward_model(made: Path) -> None:
     for source in ({"type": "rouge"}, mood):
         assert "no source in reward.sources is of type model" in one(made, ppo__critic="reward", reward=[source])
     assert not problems(made, ppo__critic="reward", reward=[{"type": "rouge"}, {"path": "rm"}, mood])
+    running = {"reward__normalize": "true", "reward__moments": "running"}
+    assert "use policy, or reward.moments=manifest" in one(made, ppo__critic="reward", **running)
+    assert not problems(made, ppo__critic="auto", **running)
     assert not problems(made, ppo__critic="reward", reward=[mood, {"path": "rm"}])
     assert "ppo.critic: no such directory: runs/nowhere" in one(made, ppo__critic="runs/nowhere")
 

@@ -29,7 +29,7 @@ from rlhf_cli.report.responses import groups_of, responses
 from rlhf_cli.report.runs import read_ancestors, read_run, read_runs
 from rlhf_cli.report.settings import changed
 from rlhf_cli.report.write import read_words
-from tests.report_cases import PPO, RAFT, SFT, cells, make_chain, make_run, parsed, texts
+from tests.report_cases import PPO, RAFT, RM, SFT, cells, make_chain, make_run, parsed, texts
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -51,6 +51,21 @@ def test_runs_are_found_outright_and_below_folders_each_once(tmp_path: Path) -> 
     found = find_runs([tmp_path / "runs", runs["ppo"], tmp_path / "runs" / "chain" / ".." / "chain"])
     assert names(found) == ["begun", "optim.lr=0.1", "ppo", "raft", "rm", "rm_merged", "sft"]
     assert (read_run(begun, "begun").stage, read_run(begun, "begun").status) == ("rm", "not started")
+
+
+def test_runs_that_are_links_are_found_and_circles_left(tmp_path: Path) -> None:
+    disk, runs = tmp_path / "disk", tmp_path / "runs"
+    make_run(disk / "sft", "sft", SFT)
+    make_run(disk / "far" / "rm", "rm", RM)
+    runs.mkdir()
+    (runs / "sft").symlink_to(disk / "sft")
+    (runs / "again").symlink_to(disk / "sft")
+    (runs / "more").symlink_to(disk / "far")
+    (runs / "circle").symlink_to(runs)
+    (runs / "a" / "b" / "c").mkdir(parents=True)
+    (runs / "a" / "b" / "c" / "deep").symlink_to(disk / "far")  # too deep to be looked into, and so not done with
+    (runs / "gone").symlink_to(disk / "nothing")
+    assert find_runs([runs]) == [(disk / name).resolve() for name in ("sft", "far/rm")]
 
 
 def test_names_are_as_long_as_tells_runs_apart() -> None:

@@ -27,7 +27,8 @@ from rlhf_cli.report.curves import (
     reliability,
     source_panels,
 )
-from rlhf_cli.report.runs import Run, as_number, read_run, read_runs
+from rlhf_cli.report.metrics import as_number, by_column
+from rlhf_cli.report.runs import Run, read_run, read_runs
 from rlhf_cli.report.series import errors_of, last, series, stretches
 from tests.report_cases import PPO, RAFT, RM, SFT, cells, make_run, parsed, texts
 
@@ -97,6 +98,31 @@ def test_series_are_finite_points_under_the_first_name_that_a_run_has(tmp_path: 
     assert series(run, ("a",)) == []
     assert [last(run, ("b",)), last(run, ("d",)), last(run, ("a",))] == [5.0, 4.0, None]
     assert [as_number(x) for x in (1, 1.5, True, None, "1", math.nan, -math.inf)] == [1.0, 1.5] + [None] * 5
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"step": st.integers(0, 9)},
+            optional={
+                name: st.sampled_from([0, 1.5, -2, math.nan, math.inf, 10**400, True, None, "1"])
+                for name in ("a", "b", "seconds")
+            },
+        ),
+        max_size=30,
+    )
+)
+def test_columns_are_the_lines_by_figure(lines: list[dict[str, Any]]) -> None:
+    run = Run("a", Path("a"), {}, {}, by_column(lines), [], {}, [], "")
+    in_order = sorted(lines, key=lambda line: line["step"])
+    assert run.metrics.steps == [line["step"] for line in in_order]
+    assert run.metrics.columns.keys() == {name for line in lines for name in line}
+    for name in ("a", "b"):
+        found = [(line["step"], as_number(line.get(name))) for line in in_order]
+        assert series(run, (name,)) == [(at, value) for at, value in found if value is not None]
+        places = [0.0 if line["step"] == 0 else as_number(line.get("seconds")) for line in in_order]
+        pairs = [(at, value) for at, (_, value) in zip(places, found, strict=True)]
+        assert series(run, (name,), "seconds") == [p for p in pairs if None not in p]
 
 
 @given(st.lists(st.floats(-1e6, 1e6), max_size=60), st.integers(1, 20))
@@ -194,7 +220,7 @@ def test_a_figure_has_its_numbers_below_and_a_legend_above(runs: list[Run]) -> N
     # KL of raft is 0 and ppo's is not; all of a panel must be 0 for it to be left out
     assert [titles.count(title) for title in ("Reward", "Reward against distance", "KL to the reference")] == [1, 1, 1]
     still = [{"step": 1, "raft/discarded": 0.0, "raft/kl": 1.0}]
-    only = [Run("a", Path("a"), {"stage": "raft"}, {}, still, [], {}, [], "")]
+    only = [Run("a", Path("a"), {"stage": "raft"}, {}, by_column(still), [], {}, [], "")]
     assert texts(charts(only, {"a": 0}), "figcaption") == ["KL to the reference"]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, CTRLConfig, CTRLForSequenceClassification
 
 from rlhf_cli.data.rows import DialogueRow, Message
 from rlhf_cli.data.templates import TEMPLATES
@@ -26,6 +26,7 @@ from rlhf_cli.reward.source import ScoredText
 from rlhf_cli.schema import RewardConfig, RewardSourceConfig
 from tests.data_tokenizers import byte_bpe, sentencepiece_like
 from tests.reward_models import word_tokenizer, write_adapter, write_decoder, write_encoder, write_policy, write_run
+from tests.tiny_models import noisy
 
 CPU = torch.device("cpu")
 PROMPTS = ["What is a floor?", "Why?", "How do I make a room slippery? " * 3, "a", "Say it."]
@@ -320,6 +321,21 @@ def test_a_decoder_without_any_padding_token(tmp_path: Path) -> None:
     assert open_reward(tmp_path / "rm").score(None, RESPONSES) == pytest.approx(before, abs=1e-6)
     one = [open_reward(tmp_path / "rm", batch_size=1).score(None, [text])[0] for text in RESPONSES]
     assert one == pytest.approx(before, abs=1e-5)
+
+
+def test_a_decoder_that_pools_by_itself_finds_the_padding(tmp_path: Path) -> None:
+    """CTRL's head is not called `score`, so transformers' own pooling looks for the last token that is no padding."""
+    tokenizer = word_tokenizer()
+    config = CTRLConfig(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=32, dff=48, n_layer=2, n_head=4, num_labels=1,
+        pad_token_id=None,
+    )  # fmt: skip
+    noisy(CTRLForSequenceClassification(config)).save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    reward = open_reward(tmp_path / "rm", template="none")
+    (single,) = reward.score(["why"], ["yes"])
+    beside, _ = reward.score(["why", "what is the low side of a good room"], ["yes", "the floor is the low side"])
+    assert beside == pytest.approx(single, abs=1e-5)
 
 
 def test_an_encoder_whose_tokenizer_cannot_pad(tmp_path: Path) -> None:

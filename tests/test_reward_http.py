@@ -84,6 +84,43 @@ def test_trouble_that_passes_is_waited_for(server: Server, fault: Any) -> None:
     assert server.asked[0] == server.asked[1] == server.asked[2]
 
 
+@pytest.mark.parametrize("code", [503, 400])
+def test_an_error_whose_body_breaks_off_is_one_all_the_same(code: int) -> None:
+    """A server that promises more than it sends, as one does that is killed."""
+    cut_off = f"HTTP/1.1 {code} Trouble\r\nContent-Length: 100\r\n\r\nhalf".encode()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            for _ in range(2 if code == 503 else 1):
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(cut_off)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        said = "no answer in 2 tries: HTTP 503" if code == 503 else "refused the request: HTTP 400"
+        with pytest.raises(RunFailed, match=said):
+            client(f"http://127.0.0.1:{listening.getsockname()[1]}/", retries=1, timeout=2.0).score(TEXTS, no_progress)
+        thread.join(5)
+
+
+def test_a_slow_body_of_an_error_is_waited_for_no_longer_than_an_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 503 Busy\r\nContent-Length: 100\r\n\r\nhalf")
+                time.sleep(1)
+
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        with pytest.raises(RunFailed, match=r"HTTP 503 Busy: \(its body could not be read: TimeoutError\)"):
+            client(url, retries=0, timeout=0.2).score(TEXTS, no_progress)
+
+
 def test_trouble_that_stays_is_told(server: Server) -> None:
     server.answers = [(500, "out of memory " * 40)]
     waits: list[float] = []

@@ -187,7 +187,8 @@ class Opener:
 
 
 def new_opener(config: AlignedConfig, text: Text, run: Run, checkpoint: Path | None) -> Opener:
-    """Raises ModelError for a policy or reference that is missing, of the wrong kind, or has another tokenizer."""
+    """Raises ModelError for a policy or reference that is missing or of the wrong kind, and for a reference that has
+    another tokenizer or template."""
     dtype = resolve_dtype(config.model.dtype, run.ranks.device)
     return Opener(config, text, run, checkpoint, dtype, find_origins(config, text))
 

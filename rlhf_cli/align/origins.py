@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.assemble import Text
+from rlhf_cli.data.templates import resolve_template
 from rlhf_cli.errors import ModelError
 from rlhf_cli.files import digest_tree
 from rlhf_cli.models.load import read_config
 from rlhf_cli.models.tokenizer import ensure_pad, load_tokenizer, tokenizer_digest
 from rlhf_cli.reward.locate import Located
+from rlhf_cli.rundir import read_manifest, run_of
 from rlhf_cli.runtime.manifest import model_dir
 from rlhf_cli.schema import AlignedConfig, RewardSourceConfig
 
@@ -29,7 +31,7 @@ class Origins(NamedTuple):
 def find_origins(config: AlignedConfig, text: Text | None) -> Origins:
     """text: the policy's, which others must agree with; None to leave that out (a dry run has configs only).
 
-    Raises ModelError for a model that is missing, of another kind, or whose tokenizer is another one.
+    Raises ModelError for a model that is missing, of another kind, or whose tokenizer or template is another one.
     """
     assert config.model.path is not None, "checked by the schema"
     policy = model_dir(config.model.path)[0]
@@ -37,7 +39,7 @@ def find_origins(config: AlignedConfig, text: Text | None) -> Origins:
     if wanted is not None:
         reference = model_dir(wanted)[0]
         if text is not None:
-            differs = other_tokenizer(text, reference, None, config.model.trust_remote_code)
+            differs = other_text(text, reference, None, config.model.trust_remote_code)
             if differs:
                 raise ModelError(f"{config.stage}.ref: {wanted} {differs}; KL compares the two token by token")
     return Origins(policy, reference)
@@ -64,15 +66,31 @@ def check_base(found: Located, key: str, stage: str, policy: str, policy_digest:
         )
 
 
-def other_tokenizer(text: Text, path: str, revision: str | None, trust_remote_code: bool) -> str | None:
-    """What is wrong with the tokenizer of a model that will read the policy's tokens; None = it is the same."""
+def other_text(text: Text, path: str, revision: str | None, trust_remote_code: bool) -> str | None:
+    """What is wrong with tokenizer or template of a model that will read the policy's tokens; None = they are the same,
+    as far as is known: a model without its run does not tell its template."""
     try:
-        theirs = _digest(load_tokenizer(path, revision, trust_remote_code))
+        theirs = load_tokenizer(path, revision, trust_remote_code)
+        stored = _stored_template(path)
+        template = resolve_template("auto", stored, theirs) if stored is not None else text.template
     except ModelError as error:
         return f"has no tokenizer that could be compared ({error})"
-    if theirs != _digest(text.tokenizer):
+    if _digest(theirs) != _digest(text.tokenizer):
         return "has another tokenizer than the policy"
+    if template.jinja != text.template.jinja:
+        ours = text.template.name
+        return (
+            f"was trained with the template {template.name}, and the policy writes {ours}: run the stage that made"
+            f" it with the template {ours} first"
+        )
     return None
+
+
+def _stored_template(path: str) -> str | None:
+    folder = Path(path).expanduser()
+    run_dir = run_of(folder) if folder.is_dir() else None
+    found: str | None = read_manifest(run_dir).get("template") if run_dir is not None else None
+    return found
 
 
 def _digest(tokenizer: PreTrainedTokenizerBase) -> str:

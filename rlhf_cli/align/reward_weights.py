@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlhf_cli.align.origins import check_base, other_tokenizer
+from rlhf_cli.align.origins import check_base, other_text
 from rlhf_cli.assemble import Text
 from rlhf_cli.errors import ModelError
 from rlhf_cli.files import digest_tree
@@ -76,10 +76,12 @@ class RewardLoader:
                 f"{key}.dtype: {source.dtype}, but with {self.config.stage}.sharing=hydra the reward model uses the"
                 f" policy's weights (model.dtype={self.config.model.dtype}); leave it at auto"
             )
-        differs = other_tokenizer(self.text, checked.found.path, source.revision, source.trust_remote_code)
+        differs = other_text(self.text, checked.found.path, source.revision, source.trust_remote_code)
         if differs:
             stage = self.config.stage
-            raise ModelError(f"{key}.path: {source.path} {differs}; {stage}.sharing=hydra shares the embeddings")
+            raise ModelError(
+                f"{key}.path: {source.path} {differs}; with {stage}.sharing=hydra it reads the same tokens"
+            )
 
     @cached_property
     def _policy_digest(self) -> str | None:

@@ -123,17 +123,25 @@ def _check_reference(config: AlignedConfig, weights_needed: bool) -> Iterator[Pr
 
 
 def check_tokens(key: str, path: str, config: AlignedConfig, reason: str) -> Iterator[Problem]:
-    """The tokenizer must be the policy's."""
+    """Tokenizer and template must be the policy's."""
     assert config.model.path is not None
     policy, other = model_folder(config.model.path), model_folder(path)
     if policy is None or other is None:
         return
     difference = tokenizer_difference(policy, other)
+    wanted, theirs = config.data.template, manifest_of(other).get("template")
+    ours = manifest_of(policy).get("template") if wanted == "auto" else wanted
     if difference:
         yield Problem(
             key,
             f"{path} has another tokenizer than the policy {config.model.path} ({difference}), but {reason}; use one"
             " that was trained from the policy, or from the same model as it (rlhf sft, rlhf rm)",
+        )
+    elif ours and theirs and ours != theirs and "tokenizer" not in (ours, theirs):  # what that one says, the run knows
+        yield Problem(
+            key,
+            f"{path} was trained with the template {theirs}, and the policy writes {ours} (data.template), but"
+            f" {reason}; run `rlhf {manifest_of(other).get('stage')}` with data.template={ours} first",
         )
 
 

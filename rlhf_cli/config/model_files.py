@@ -81,6 +81,6 @@ def read_json(path: Path) -> dict[str, Any]:
     """What a JSON file holds; {} when there is none, or none that can be read (the run will say so)."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

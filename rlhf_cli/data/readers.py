@@ -24,6 +24,8 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 UTF8_BOM = b"\xef\xbb\xbf"
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
+TOO_DEEP = ("nested too deeply", "its JSON is nested more deeply than Python reads")  # reason and detail of a RowError
+
 Rows = Iterator[Row | RowError]
 
 
@@ -187,6 +189,8 @@ def _read_jsonl(file: Path) -> Rows:
             yield RowError(where, "not UTF-8", _not_utf8(error))
         except ValueError as error:
             yield RowError(where, "not valid JSON", f"{error} (each line holds one object)")
+        except RecursionError:
+            yield RowError(where, *TOO_DEEP)
         else:
             yield _object(value, where)
 
@@ -194,7 +198,11 @@ def _read_jsonl(file: Path) -> Rows:
 def _object(value: Any, where: str, kind: str | None = None) -> Row | RowError:
     if isinstance(value, dict):
         return Row(value, where, kind)
-    return RowError(where, "not an object", f'expected {{"column": value, ...}}, got {json.dumps(value)[:60]}')
+    try:
+        found = json.dumps(value)[:60]
+    except RecursionError:
+        return RowError(where, *TOO_DEEP)
+    return RowError(where, "not an object", f'expected {{"column": value, ...}}, got {found}')
 
 
 def _read_json(file: Path) -> Rows:
@@ -203,10 +211,12 @@ def _read_json(file: Path) -> Rows:
         raise DataError(f"{file}: is empty")
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if _is_json_lines(text):
             yield from _read_jsonl(file)
             return
+        if isinstance(error, RecursionError):
+            raise DataError(f"{file}: {TOO_DEEP[1]}") from error
         line = getattr(error, "lineno", 1)
         raise DataError(f"{file}:{line}: not valid JSON: {error}") from error
     kind = None
@@ -230,7 +240,7 @@ def _is_json_lines(text: str) -> bool:
     first = text.lstrip().split("\n", 1)[0]
     try:
         return isinstance(json.loads(first), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -247,8 +257,11 @@ def _read_csv(file: Path) -> Rows:
                 raise DataError(f"{file}: is empty; the first line must name the columns")
             if len(set(header)) < len(header) or "" in header:
                 raise DataError(f"{file}:1: column names must be there and differ, got {', '.join(header)}")
-            for fields in reader:
-                where = f"{file}:{reader.line_num}"
+            while True:
+                where = f"{file}:{reader.line_num + 1}"  # quoted fields go on over lines, and line_num is the last one
+                fields = next(reader, None)
+                if fields is None:
+                    break
                 if not fields:
                     continue
                 if len(fields) != len(header):

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,7 @@ from rlhf_cli.models.scratch import new_model
 from rlhf_cli.schema import LoadedModelConfig
 
 HEAD = "score"
+SCALE = "score_scale"
 AUTO = "AutoModelForSequenceClassification"
 PLACEHOLDER = re.compile(r"LABEL_\d+")  # transformers' name of a label that was given none
 # Heads of causal LMs, and what older versions of transformers stored beside the weights (masks, rotary tables).
@@ -82,8 +83,9 @@ def reward_config(config: PretrainedConfig, labels: Sequence[str] | None) -> Pre
     custom = (getattr(config, "auto_map", None) or {}).get(AUTO)
     name = custom.rsplit(".", 1)[-1] if custom else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[config.model_type]
     made.architectures = [name]
-    if hasattr(made, "reward"):
-        del made.reward  # moments of other scores than those that will be trained
+    for name in ("reward", SCALE):  # moments and scale of other scores than those that will be trained
+        if hasattr(made, name):
+            delattr(made, name)
     return made
 
 
@@ -91,6 +93,25 @@ def label_names(config: PretrainedConfig) -> list[str] | None:
     """Names of a classifier's labels in order; None when nobody named them."""
     names = [str(config.id2label[i]) for i in range(config.num_labels)]
     return None if all(PLACEHOLDER.fullmatch(n) for n in names) else names
+
+
+class ScoreScale(NamedTuple):
+    """What is made of a head's value x: factor * x + shift, since a head without a bias has no constant. It stands in
+    the model's config, so in its config.json too."""
+
+    factor: float = 1.0
+    shift: float = 0.0
+
+
+def score_scale(config: PretrainedConfig) -> ScoreScale:
+    """The scale that a model's scores are on."""
+    return ScoreScale(*getattr(config, SCALE, ()))
+
+
+def set_score_scale(config: PretrainedConfig, scale: ScoreScale) -> None:
+    """Bring a model's scores onto a scale, instead of the one that they are on."""
+    if scale != ScoreScale():
+        setattr(config, SCALE, list(scale))
 
 
 def _reward_config_of(found: PretrainedConfig, path: Path | str) -> PretrainedConfig:
@@ -244,7 +265,8 @@ def _scores(
     picked = hidden[torch.arange(len(last), device=hidden.device) if rows is None else rows, last]
     # The head module's own call, so that hooks which bring its weights (ZeRO-3) and PEFT's trained copy take part.
     scores: Tensor = base.score(picked, exact=True)
-    return scores
+    scale = score_scale(base.config)
+    return scores if scale == ScoreScale() else scores * scale.factor + scale.shift
 
 
 def _head_forward(self: nn.Linear, hidden: Tensor, exact: bool = False) -> Tensor:

@@ -61,8 +61,13 @@ def save_model(
 def make_generation_config(
     tokenizer: PreTrainedTokenizerBase, base: GenerationConfig | None = None, stop: str | None = None
 ) -> GenerationConfig:
-    """How the saved model generates: as `base`, ending at eos, at base's own end tokens and at a stop token."""
+    """How the saved model generates: as `base`, ending at eos, at base's own end tokens and at a stop token.
+
+    Published models name a temperature and forget do_sample (Vicuna 1.5, early Llama 2), which transformers reads but
+    refuses to write. So sampling is turned on where it is described, and what still contradicts itself is left out.
+    """
     made = copy.deepcopy(base) if base is not None else GenerationConfig()
+    made.use_cache = True
     ends = [tokenizer.eos_token_id]
     if made.eos_token_id is not None:
         ends += made.eos_token_id if isinstance(made.eos_token_id, list) else [made.eos_token_id]
@@ -70,10 +75,21 @@ def make_generation_config(
         ids = tokenizer(stop, add_special_tokens=False).input_ids
         ends += ids if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else []
     ends = list(dict.fromkeys(ends))
+    if not _is_valid(made):
+        made.do_sample = True
+        made = made if _is_valid(made) else GenerationConfig(bos_token_id=made.bos_token_id)
     made.eos_token_id = ends if len(ends) > 1 else ends[0]
     made.pad_token_id = tokenizer.pad_token_id
-    made.use_cache = True
     return made
+
+
+def _is_valid(config: GenerationConfig) -> bool:
+    """Whether transformers would write it."""
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _shell(config: PretrainedConfig, state_dict: dict[str, Tensor]) -> PreTrainedModel:

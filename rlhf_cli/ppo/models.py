@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from rlhf_cli.align import models as align
 from rlhf_cli.align.models import Opener, Piece, check_positions, engine_piece, new_opener
@@ -16,8 +17,9 @@ from rlhf_cli.assemble import Text
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.dropout import turn_off_dropout
 from rlhf_cli.models.hydra import classifier_over
-from rlhf_cli.models.lora import add_lora, load_adapter
-from rlhf_cli.models.reward import enable_scores, load_reward_model
+from rlhf_cli.models.lora import add_lora, load_adapter, plain_model
+from rlhf_cli.models.packing import check_packing
+from rlhf_cli.models.reward import enable_scores, load_reward_model, set_score_scale
 from rlhf_cli.models.trainable import apply_trainable, matching_patterns, multiplied_parameters
 from rlhf_cli.ppo.critic_origin import CriticOrigin, find_critic
 from rlhf_cli.run import Run
@@ -95,12 +97,13 @@ def open_models(config: PpoConfig, text: Text, run: Run, checkpoint: Path | None
     critic, critic_written = None, None
     if origin is not None:
         tree = _critic_tree(opener, config, origin)
+        set_score_scale(plain_model(tree).config, origin.scale)
         critic_written = Written(turn_off_dropout(tree), text, origin.path, config.lora.enabled)
         critic = opener.engine(tree, CRITIC, config.ppo.critic_lr or config.optim.lr)
         opener.opened("critic", critic.module, origin.about)
     reference, rewards, held = opener.readers()
     check_positions(config, min(opener.positions))
-    check_ptx_positions(config, opener.positions[0])
+    check_ptx(config, policy_config, opener.positions[0])
     ema = Ema(policy, config.ppo.ema) if config.ppo.ema is not None else None
     written = Written(policy_config, text, opener.origins.policy, config.lora.enabled)
     return Models(
@@ -130,10 +133,15 @@ def _critic_tree(opener: Opener, config: PpoConfig, origin: CriticOrigin) -> nn.
     return opener.ready(base, enable_scores)
 
 
-def check_ptx_positions(config: PpoConfig, positions: int) -> None:
-    """Raise ModelError when the text beside the prompts (ppo.ptx) is longer than the policy has positions."""
+def check_ptx(config: PpoConfig, policy: PretrainedConfig, positions: int) -> None:
+    """Raise ModelError when the text beside the prompts (ppo.ptx) is longer than the policy has positions, or is to be
+    packed and the policy would not keep its rows apart."""
     settings = config.ppo.ptx
-    if settings.coef > 0 and settings.data.max_length > positions:
+    if settings.coef == 0:
+        return
+    if settings.data.packing:
+        check_packing(policy, "ppo.ptx.data.packing")
+    if settings.data.max_length > positions:
         raise ModelError(
             f"ppo.ptx.data.max_length: {settings.data.max_length} is more than the {positions} positions of the policy;"
             " lower it"

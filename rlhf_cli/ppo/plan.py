@@ -25,7 +25,7 @@ from rlhf_cli.models.reward import reward_config
 from rlhf_cli.models.tokenizer import TOKENIZER_FILES
 from rlhf_cli.ops.schedule import warmup_steps
 from rlhf_cli.ppo.critic_origin import CriticOrigin, critic_config, find_critic
-from rlhf_cli.ppo.models import check_ptx_positions
+from rlhf_cli.ppo.models import check_ptx
 from rlhf_cli.reward.locate import locate
 from rlhf_cli.schema import PpoConfig
 from rlhf_cli.schema.stages import responses_accumulation
@@ -45,7 +45,7 @@ def plan_run(config: PpoConfig, text: Text, longest: int, world_size: int, for_g
     known_text = text if _has_tokenizers(config) else None
     origins = find_origins(config, known_text)
     policy = plan_policy(config, text, origins.policy, size, trained_length)
-    check_ptx_positions(config, positions(policy.config))
+    check_ptx(config, policy.config, positions(policy.config))
     trained, origin = [policy], find_critic(config, known_text, origins.policy)
     if origin is not None:
         trained.append(_critic(config, origin, policy.config, size, trained_length))

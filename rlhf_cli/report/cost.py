@@ -7,7 +7,8 @@ from datetime import datetime
 from typing import NamedTuple
 
 from rlhf_cli.report.markup import NOTHING, Markup, duration, number, table, tag
-from rlhf_cli.report.runs import Run, as_number, final_figures
+from rlhf_cli.report.metrics import as_number
+from rlhf_cli.report.runs import Run, final_figures
 from rlhf_cli.report.series import last, series
 
 PARTS = {"writing": "perf/generate_s", "scoring": "perf/score_s", "learning": "perf/train_s"}

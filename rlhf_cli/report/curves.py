@@ -9,7 +9,8 @@ from typing import Literal
 
 from rlhf_cli.report.chart import Curve, Look, Mark, draw, swatch
 from rlhf_cli.report.markup import Markup, number, table, tag
-from rlhf_cli.report.runs import Run, as_number
+from rlhf_cli.report.metrics import as_number
+from rlhf_cli.report.runs import Run
 from rlhf_cli.report.series import Points, errors_of, series
 
 HELD_OUT = ("eval_reward", "raft/reward_eval")
@@ -68,12 +69,12 @@ ALIGNED = (
 def charts(runs: Sequence[Run], slots: dict[str, int]) -> Markup:
     """Every panel for which some run has figures, in two groups with a legend each. slots: of each run's name."""
     groups = []
-    supervised = [run for run in runs if run.stage in ("sft", "rm") and run.lines]
+    supervised = [run for run in runs if run.stage in ("sft", "rm") and run.metrics.steps]
     if supervised:
         figures = [panel_figure(panel, supervised, slots) for panel in SUPERVISED]
         figures.append(reliability(supervised, slots))
         groups.append(_group("Supervised stages", "thin: training; bold: held-out rows", supervised, figures, slots))
-    aligned = [run for run in runs if run.is_aligned and run.lines]
+    aligned = [run for run in runs if run.is_aligned and run.metrics.steps]
     if aligned:
         first, *others = (panel_figure(p, aligned, slots) for p in (*ALIGNED, *source_panels(aligned)))
         figures = [first, frontier(aligned, slots), *others]
@@ -88,8 +89,8 @@ def charts(runs: Sequence[Run], slots: dict[str, int]) -> Markup:
 
 def assign_slots(runs: Sequence[Run]) -> dict[str, int]:
     """A slot for each run that has curves; the two groups count apart, so that colours last longer."""
-    aligned = [run.name for run in runs if run.is_aligned and run.lines]
-    others = [run.name for run in runs if not run.is_aligned and run.lines]
+    aligned = [run.name for run in runs if run.is_aligned and run.metrics.steps]
+    others = [run.name for run in runs if not run.is_aligned and run.metrics.steps]
     return {name: slot for names in (aligned, others) for slot, name in enumerate(names)}
 
 
@@ -161,7 +162,7 @@ def error_of_share(share: float, count: float) -> float:
 
 def source_panels(runs: Sequence[Run]) -> Iterator[Panel]:
     """One for each source where a run has several (such as a watched one), and for each rule."""
-    names = {run.name: sorted({key for line in run.lines for key in line}) for run in runs}
+    names = {run.name: sorted(run.metrics.columns) for run in runs}
     sources = [[key for key in keys if key.startswith("reward/")] for keys in names.values()]
     for key in sorted({key for found in sources if len(found) > 1 for key in found}):
         yield Panel(f"Reward source: {key.removeprefix('reward/')}", "reward", (key,), (f"eval_{key}",))
@@ -174,7 +175,7 @@ def alarms(runs: Sequence[Run], slots: dict[str, int]) -> list[Mark]:
     """Where each alarm of a run was first raised."""
     found = []
     for run in runs:
-        for name in sorted({key for line in run.lines for key in line if key.startswith("alarm/")}):
+        for name in sorted(key for key in run.metrics.columns if key.startswith("alarm/")):
             raised = [at for at, value in series(run, (name,)) if value]
             if raised:
                 found.append(Mark(slots[run.name], raised[0], f"{run.name}: alarm {name.removeprefix('alarm/')}"))

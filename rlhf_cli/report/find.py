@@ -49,12 +49,18 @@ def is_run(place: Path) -> bool:
 
 
 def _runs_below(place: Path) -> Iterator[Path]:
-    for folder, below, _ in os.walk(place):
+    seen: dict[Path, int] = {}  # how deep; links are followed, and may lead back
+    for folder, below, _ in os.walk(place, followlinks=True):
         path = Path(folder)
+        real, depth = path.resolve(), len(path.parts) - len(place.parts)
+        if seen.get(real, DEPTH + 1) <= depth:
+            below.clear()
+            continue
+        seen[real] = depth
         if is_run(path):
             yield path
             below.clear()  # what lies in a run belongs to it
-        elif len(path.parts) - len(place.parts) >= DEPTH:
+        elif depth >= DEPTH:
             below.clear()
         else:
             below[:] = sorted(name for name in below if not name.startswith("."))

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from rlhf_cli.report.markup import Markup, joined, shortened, tag
-from rlhf_cli.report.runs import Answers, Row, Run, as_number
+from rlhf_cli.report.metrics import as_number
+from rlhf_cli.report.runs import Answers, Row, Run
 
 NUM_PROMPTS, NUM_ALONE = 6, 3  # of each group of columns, and of one that has nothing beside it
 PROMPT_CHARS, RESPONSE_CHARS = 700, 800

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ import yaml
 from rlhf_cli.errors import ModelError
 from rlhf_cli.jobfiles import read_notes
 from rlhf_cli.report.find import short_names
+from rlhf_cli.report.metrics import Metrics, as_number, by_column
 from rlhf_cli.rundir import read_manifest
 
 Row = dict[str, Any]
 MESSAGE_CHARS = 500  # of a failure
-LARGEST = 1e100
 
 
 class Parent(NamedTuple):
@@ -36,7 +36,7 @@ class Answers(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its short name, manifest.json ({} without one), config.yaml, the lines of metrics.jsonl, the first and
+    """One run: its short name, manifest.json ({} without one), config.yaml, metrics.jsonl, the first and
     last texts that it wrote, the newest evaluation of a reward model; problems: what could not be read; failure: what
     the rank that failed first said."""
 
@@ -44,7 +44,7 @@ class Run:
     path: Path
     manifest: Row
     config: Row
-    lines: list[Row]
+    metrics: Metrics
     answers: list[Answers]
     judgement: Row
     problems: list[str]
@@ -66,7 +66,7 @@ class Run:
     @property
     def steps(self) -> int:
         """Of a supervised run; iterations of the others."""
-        return self.lines[-1]["step"] if self.lines else 0
+        return self.metrics.steps[-1] if self.metrics.steps else 0
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -79,14 +79,14 @@ def read_run(path: Path, name: str) -> Run:
     """Never raises for what lies in the directory."""
     problems: list[str] = []
     manifest = _read_manifest(path, problems)
-    lines = _read_metrics(path, problems)
+    metrics = _read_metrics(path, problems)
     judgements = _numbered(path / "evaluation", "step_*.json")
     return Run(
         name=name,
         path=path,
         manifest=manifest,
         config=_read_config(path, problems),
-        lines=lines,
+        metrics=metrics,
         answers=_read_answers(path, problems),
         judgement=_read_object(judgements[-1][1], problems) if judgements else {},
         problems=problems,
@@ -114,17 +114,6 @@ def parents_of(manifest: Row) -> list[Parent]:
     entries = manifest.get("parents")
     found = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
     return [Parent(str(e.get("role", "?")), e["run_dir"]) for e in found if isinstance(e.get("run_dir"), str)]
-
-
-def as_number(value: object) -> float | None:
-    """A finite number, or None for whatever else a file may hold; beyond LARGEST nothing can be drawn to scale."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        found = float(value)
-    except OverflowError:
-        return None
-    return found if abs(found) < LARGEST else None  # not true of nan either
 
 
 def final_figures(manifest: Row) -> dict[str, float]:
@@ -155,12 +144,12 @@ def _read_config(run_dir: Path, problems: list[str]) -> Row:
     return config
 
 
-def _read_metrics(run_dir: Path, problems: list[str]) -> list[Row]:
-    """By step. A run that has just begun has none."""
+def _read_metrics(run_dir: Path, problems: list[str]) -> Metrics:
+    """A run that has just begun has none."""
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
-        return []
-    return sorted(_read_rows(path, problems, lambda row: type(row.get("step")) is int), key=lambda row: row["step"])
+        return Metrics()
+    return by_column(_read_rows(path, problems, lambda row: type(row.get("step")) is int))
 
 
 def _read_answers(run_dir: Path, problems: list[str]) -> list[Answers]:
@@ -169,7 +158,7 @@ def _read_answers(run_dir: Path, problems: list[str]) -> list[Answers]:
     files = _numbered(samples, "eval_*.jsonl") or _numbered(samples, "step_*.jsonl")
     is_answer = lambda row: isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str)
     chosen = dict.fromkeys([files[0], files[-1]]) if files else {}
-    return [Answers(step, _read_rows(path, problems, is_answer)) for step, path in chosen]
+    return [Answers(step, list(_read_rows(path, problems, is_answer))) for step, path in chosen]
 
 
 def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
@@ -178,27 +167,31 @@ def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
     return sorted((int(number), path) for number, path in found if number.isdecimal())
 
 
-def _read_rows(path: Path, problems: list[str], is_whole: Any) -> list[Row]:
+def _read_rows(path: Path, problems: list[str], is_whole: Any) -> Iterator[Row]:
     """The lines of a JSONL file that are objects and `is_whole`; a last one that is still being written is left out."""
+    damaged = []
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line_number, line in enumerate(file, start=1):
+                row = _read_row(line)
+                if isinstance(row, dict) and is_whole(row):
+                    yield row
+                elif line.endswith("\n"):
+                    damaged.append(line_number)
     except OSError as error:
         problems.append(f"{path} cannot be read ({_short(error)})")
-        return []
-    rows, damaged = [], []
-    for line_number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict) and is_whole(row):
-            rows.append(row)
-        else:
-            damaged.append(line_number)
     if damaged:
         what = "line is" if len(damaged) == 1 else "lines are"
         problems.append(f"{path}:{damaged[0]} is damaged; {len(damaged)} {what} left out")
-    return rows
+
+
+def _read_row(line: str) -> Any:
+    if not line.endswith("\n"):
+        return None
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _read_object(path: Path, problems: list[str]) -> Row:

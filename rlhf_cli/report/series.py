@@ -5,26 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rlhf_cli.report.runs import Run, as_number, final_figures
+from rlhf_cli.report.runs import Run, final_figures
 
 Points = list[tuple[float, float]]
 
 
 def name_in(run: Run, names: Sequence[str]) -> str | None:
     """The first of some names that a run has figures under; stages call the same thing differently."""
-    return next((name for name in names if any(as_number(line.get(name)) is not None for line in run.lines)), None)
+    return next((name for name in names if run.metrics.column(name).values), None)
 
 
 def series(run: Run, names: Sequence[str], against: str = "step") -> Points:
     """(x, y) of the lines that have both as finite numbers; before the first step no seconds have gone by."""
     name = name_in(run, names)
-    found: Points = []
-    for line in run.lines if name is not None else []:
-        at = 0.0 if against == "seconds" and line["step"] == 0 else as_number(line.get(against))
-        value = as_number(line.get(name or ""))
-        if at is not None and value is not None:
-            found.append((at, value))
-    return found
+    if name is None:
+        return []
+    lines, values = run.metrics.column(name)
+    steps, places = run.metrics.steps, dict(zip(*run.metrics.column(against), strict=True))
+    at = lambda line: 0.0 if against == "seconds" and steps[line] == 0 else places.get(line)
+    return [(place, value) for line, value in zip(lines, values, strict=True) if (place := at(line)) is not None]
 
 
 def errors_of(run: Run, names: Sequence[str], against: str = "step") -> list[float]:

@@ -86,8 +86,7 @@ class HttpSource:
                 content: bytes = answer.read()
                 return content
         except urllib.error.HTTPError as error:
-            with error:
-                said = f"HTTP {error.code} {error.reason}: {_start(error.read())}"
+            said = f"HTTP {error.code} {error.reason}: {_body(error)}"
             if error.code == TOO_MANY_REQUESTS or error.code >= 500:
                 raise Retry(said) from error
             raise RunFailed(f"{self._who()} refused the request: {said}") from error
@@ -123,6 +122,15 @@ def open_http(config: RewardSourceConfig, name: str, key: str, batch_size: int) 
     if not config.url.startswith(("http://", "https://")):  # urllib would also read file://
         raise ConfigError([Problem(f"{key}.url", f"got {config.url!r}; allowed: http://... or https://...")])
     return HttpSource(name, config.weight, config.url, config.timeout, config.retries, batch_size)
+
+
+def _body(error: urllib.error.HTTPError) -> str:
+    """How the body of a refusal starts; what matters is its code, so a body that breaks off is no failure."""
+    try:
+        with error:
+            return _start(error.read(4 * SHOWN))
+    except (OSError, http.client.HTTPException) as failure:
+        return f"(its body could not be read: {type(failure).__name__})"
 
 
 def _start(content: bytes) -> str:

@@ -111,8 +111,11 @@ def open_model(
     encode = _seen(config, partial(encoder_inputs, tokenizer, template, max_length=length))
     # A pooling that looks for padding may take an end of the text for it.
     pad_id = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
-    if plain.config.pad_token_id is None:
-        plain.config.pad_token_id = -1  # no token: transformers' pooling refuses batches without any
+    for part in (plain.config, plain.config.get_text_config()):  # where the model's own pooling looks for it
+        if pad_id is not None:
+            part.pad_token_id = pad_id
+        elif part.pad_token_id is None:
+            part.pad_token_id = -1  # no token: transformers' pooling refuses batches without any
     return source(encode=encode, forward=forward_with_mask(model), pad_id=pad_id)
 
 
