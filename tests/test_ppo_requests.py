@@ -204,7 +204,7 @@ def test_a_critic_of_a_reward_model(made: Path) -> None:
     for source in ({"type": "rouge"}, mood):
         assert "no source in reward.sources is of type model" in one(made, ppo__critic="reward", reward=[source])
     assert not problems(made, ppo__critic="reward", reward=[{"type": "rouge"}, {"path": "rm"}, mood])
-    running = {"reward__normalize": "true", "reward__moments": "running"}
+    running = {"reward__normalize": True, "reward__moments": "running"}
     assert "use policy, or reward.moments=manifest" in one(made, ppo__critic="reward", **running)
     assert not problems(made, ppo__critic="auto", **running)
     assert not problems(made, ppo__critic="reward", reward=[mood, {"path": "rm"}])
