@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import numpy as np
 import torch
@@ -68,7 +69,9 @@ class LanguageModelObjective:
             loss = self._eval_loss(engine, self.eval_rows)
             figures = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
         if self.prompts:
+            began = time.monotonic()
             self._write_samples(engine, step)
+            figures["perf/generate_s"] = time.monotonic() - began
         return figures
 
     def conclude(self, engine: Engine, step: int) -> Conclusion:

@@ -79,7 +79,8 @@ class Objective(Protocol[BatchT]):
         """Loss of one micro-batch."""
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
-        """Figures after `step` steps, named eval_..., the same on every rank; {} without evaluation data.
+        """Figures after `step` steps, named eval_..., the same on every rank; {} without evaluation data. Beside them
+        perf/generate_s, if texts were written: the seconds that this took.
 
         Raises StopAsked (see heed_stop), and is then asked again when the run goes on.
         """
@@ -269,7 +270,8 @@ def _evaluate(
     except StopAsked:
         return False
     state.unevaluated = None
-    line |= figures
+    writing = figures.pop("perf/generate_s", 0.0)
+    line |= figures | {"perf/generate_s": writing, "perf/score_s": time.monotonic() - began - writing}
     state.last_eval = figures
     if "eval_loss" in figures:
         best = state.best_eval.get("eval_loss", math.inf)
@@ -301,11 +303,14 @@ class _Window:
 
 def _speed_and_memory(window: _Window, trackers: Trackers, ranks: Ranks) -> dict[str, float]:
     """perf/... over the steps since the last line; another line begins."""
-    speed, samples = window.speed(), window.samples / max(window.seconds, 1e-9)
+    speed, samples, seconds = window.speed(), window.samples / max(window.seconds, 1e-9), window.seconds
     window.tokens, window.samples, window.seconds = 0, 0, 0.0
     return {
         "perf/tokens_per_s": speed,
         "perf/samples_per_s": samples,
+        "perf/train_s": seconds,
+        "perf/generate_s": 0.0,  # of an evaluation
+        "perf/score_s": 0.0,
         "perf/mfu": speed * trackers.flops_per_token / (trackers.peak_flops * ranks.world_size),
         "perf/peak_memory_gb": peak_memory_gb(ranks.device),
     }

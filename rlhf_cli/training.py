@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from rlhf_cli.assemble import (
     whole_weights,
     write_model,
 )
+from rlhf_cli.errors import RlhfError, RunFailed
 from rlhf_cli.estimate import plan_run
 from rlhf_cli.loop import Conclusion, Hooks, LoopState, Objective, Trackers, Work, train
 from rlhf_cli.models.load import resolve_dtype
@@ -39,6 +41,8 @@ from rlhf_cli.models.tokenizer import tokenizer_digest
 from rlhf_cli.models.trainable import multiplied_parameters
 from rlhf_cli.ops.schedule import learning_rate
 from rlhf_cli.run import Checkpoints, Run, close_run, load_best, prune_best, save_best
+from rlhf_cli.runtime.checkpoint import WRITE_FAILURES
+from rlhf_cli.runtime.distributed import gather_objects
 from rlhf_cli.runtime.engine import Engine, gathered_state_dict
 from rlhf_cli.runtime.flops import flops_per_token, measured_peak_flops
 from rlhf_cli.runtime.metrics import MetricsLog, read_metrics
@@ -87,7 +91,7 @@ def train_to_end(
         return {}
     if ending == "early_stopped":
         run.say(f"stopped early after step {state.step}; the best evaluation was after step {state.best_step}")
-    return finish(config, engine, text, task, objective, state, run)
+    return finish(config, engine, text, task, objective, state, checkpoints)
 
 
 def dry_run(
@@ -119,27 +123,65 @@ def finish(
     task: Task,
     objective: Objective[Any],
     state: LoopState,
-    run: Run,
+    checkpoints: Checkpoints,
 ) -> dict[str, float]:
-    """Save the model (the best one with early stopping), draw the curves, print the summary, close the manifest."""
+    """Save the model (the best one with early stopping), draw the curves, print the summary, close the manifest.
+
+    Raises RunFailed, on all ranks, when something of this cannot be written; a checkpoint then keeps the training.
+    """
+    run = checkpoints.run
     engine.eval()
     use_best = config.train.early_stopping.patience > 0 and state.best_step is not None
-    concluded = objective.conclude(engine, state.best_step if use_best and state.best_step else state.step)
+    with training_kept(engine, state, checkpoints, WRITE_FAILURES):
+        concluded = objective.conclude(engine, state.best_step if use_best and state.best_step else state.step)
     figures = state.best_eval | {"best_step": float(state.best_step or 0)} if use_best else dict(state.last_eval)
     figures |= concluded.figures
     figures |= {"steps": float(state.step), "tokens": float(state.tokens), "seconds": round(state.seconds, 3)}
     weights = gathered_state_dict(engine, only_trainable=config.lora.enabled)
+    with training_kept(engine, state, checkpoints, Exception):  # rank 0 is by itself here, so whatever it is
+        if run.ranks.is_main:
+            if use_best and state.best_step is not None:
+                put(weights, load_best(run.run_dir, state.best_step))
+            write_model(config, engine.module, weights, text, task, run.run_dir / "model", concluded.reward)
+            figures |= last_logged(run.run_dir)
+            show(run, figures, concluded)
     if run.ranks.is_main:
-        if use_best and state.best_step is not None:
-            put(weights, load_best(run.run_dir, state.best_step))
-        write_model(config, engine.module, weights, text, task, run.run_dir / "model", concluded.reward)
-        prune_best(run.run_dir)
-        figures |= last_logged(run.run_dir)
-        show(run, figures, concluded)
+        prune_best(run.run_dir)  # not before: a checkpoint of the failure would speak of them
     kind = ("adapter", "peft") if config.lora.enabled else ("reward" if task.is_reward else "policy", "hf")
     output = {"kind": kind[0], "task": task.name, "path": "model", "format": kind[1]}
     close_run(run, status="complete", output=output, reward=concluded.reward, metrics=figures)
     return figures
+
+
+@contextmanager
+def training_kept(
+    engine: Engine,
+    state: LoopState,
+    checkpoints: Checkpoints,
+    failures: type[Exception] | tuple[type[Exception], ...],
+) -> Iterator[None]:
+    """Around what can fail on one rank after its collectives, when the training is done: all ranks then save a
+    checkpoint, for the same command to go on from, and raise RunFailed."""
+    failure: Exception | None = None
+    text: str | None = None
+    try:
+        yield
+    except failures as error:
+        failure = error
+        text = str(error) if isinstance(error, WRITE_FAILURES) else f"{type(error).__name__}: {error}"
+    told = [text for text in gather_objects(text) if text is not None]
+    if not told:
+        return
+    begin = f"training is done, but not its end: {told[0]}."
+    try:
+        found = checkpoints.newest()
+        if found is None or found.state.step != state.step:
+            checkpoints.save(engine, state)
+    except RlhfError as error:
+        raise RunFailed(f"{begin} Nor could a checkpoint be saved: {error}") from failure
+    raise RunFailed(
+        f"{begin} A checkpoint of step {state.step} is kept, and the same command goes on from it"
+    ) from failure
 
 
 def show(run: Run, figures: dict[str, float], concluded: Conclusion) -> None:

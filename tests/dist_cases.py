@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,13 @@ from rlhf_cli.schema import DeepspeedConfig, OptimConfig
 VOCABULARY = 33
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LEARNING_RATES = [1e-2, 3e-3, 2e-2, 1e-2, 5e-3, 1e-2, 1e-2, 1e-2]
+# What a model of billions meets with DeepSpeed's defaults, a tiny one (4755 elements) meets with these: norms (15) stay
+# whole and matrices are sharded, weights are let go of between forward and backward, and gathered ahead of their use.
+SMALL_STAGE_3 = {
+    "stage3_param_persistence_threshold": 20,
+    "stage3_max_reuse_distance": 1000,
+    "stage3_prefetch_bucket_size": 400,
+}
 
 
 def tiny_llama(tied: bool = False, spread: float = 0.3) -> LlamaForCausalLM:
@@ -69,8 +77,7 @@ def optim_config(**changes: Any) -> OptimConfig:
 
 
 def deepspeed_config(stage: int, offload: bool = False, **zero: Any) -> DeepspeedConfig:
-    # A threshold of 20 elements keeps the norms (15) whole on each rank and shards the matrices, as in real models.
-    more: dict[str, Any] = {"stage3_param_persistence_threshold": 20} if stage == 3 else {}
+    more: dict[str, Any] = dict(SMALL_STAGE_3) if stage == 3 else {}
     if offload:
         more["offload_optimizer"] = {"device": "cpu"}
         if stage == 3:
@@ -124,6 +131,30 @@ def train(ranks: Ranks, stage: int, dtype: str = "fp32", micro: int = 2, steps: 
     result = [loss for loss, _ in done], [norm for _, norm in done], weights(engine)
     engine.destroy()
     return result
+
+
+def train_and_read(ranks: Ranks, stage: int, micro: int = 2, steps: int = 5) -> Any:
+    """As train, with every way to read the model after each step, and whether ZeRO-3's recorded trace outlived that."""
+    engine = make(ranks, stage)
+    tokens = torch.arange(10)[None]
+    done = []
+    for step in range(steps):
+        done.append(one_step(engine, step, micro))
+        engine.eval()
+        with torch.no_grad():
+            logits = engine.forward(input_ids=tokens).logits
+        whole = weights(engine)
+        with engines.gathered_for_generation(engine) as module, torch.inference_mode():
+            assert torch.equal(module(input_ids=tokens).logits, logits)
+        with torch.inference_mode():
+            assert torch.equal(engine.forward(input_ids=tokens).logits, logits)
+        with engines.gathered(list(engine.module.parameters())):
+            pass
+        engine.train()
+    offload = getattr(engine.inner.optimizer, "parameter_offload", None)
+    traced = offload is None or offload.get_param_coordinator().is_complete_trace()
+    engine.destroy()
+    return [loss for loss, _ in done], [norm for _, norm in done], whole, traced
 
 
 def train_plain(steps: int = 5, **changes: Any) -> Any:
@@ -206,6 +237,26 @@ def held_over_change(ranks: Ranks, stage: int, dtype: str = "fp32") -> dict[str,
     return result
 
 
+def engines_alive(ranks: Ranks, stage: int, dtype: str) -> list[tuple[int, int]]:
+    """(engines of DeepSpeed in memory, hooks on the model) each time that a new engine has been trained in."""
+    model, held, engine = tiny_llama(), None, None
+    inners: list[Any] = []
+    found = []
+    for draw in range(3):
+        if engine is not None:
+            held = hold_state(engine)
+            engine.destroy()  # and `engine` stays, as it does in the loop's callers
+        freeze(model, f"layers.{draw % 2}.")
+        engine = make(ranks, stage, dtype, model=model, steps=held.steps if held else None)
+        one_step(engine, draw, 2)
+        inners.append(weakref.ref(engine.inner))
+        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+        found.append((sum(inner() is not None for inner in inners), hooks))
+    assert engine is not None
+    engine.destroy()
+    return found
+
+
 def held_over_change_plain() -> dict[str, np.ndarray]:
     """The same with one torch AdamW, which skips a parameter whose gradient is None."""
     model, optim = tiny_llama(), optim_config()
@@ -272,9 +323,9 @@ def generate(ranks: Ranks, stage: int) -> Any:
 
     With an engine made a second time on the same model, as LISA does.
     """
-    engine = make(ranks, stage)
-    engine.destroy()
-    engine = make(ranks, stage, model=engine.module)
+    model = tiny_llama()
+    make(ranks, stage, model=model).destroy()
+    engine = make(ranks, stage, model=model)
     one_step(engine, 0, 2)
     tokens = torch.arange(10)[None]
     engine.train()

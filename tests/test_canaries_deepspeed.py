@@ -13,7 +13,7 @@ from torch import nn
 
 from rlhf_cli.runtime import engine_fragments as fragments
 from rlhf_cli.runtime.distributed import Ranks, gather_objects
-from rlhf_cli.runtime.engine import Engine, _prepare_deepspeed, _twin, ds_config
+from rlhf_cli.runtime.engine import LEFT_BEHIND, Engine, _prepare_deepspeed, _twin, ds_config
 from tests.dist_cases import DTYPES, deepspeed_config, make, one_step, tiny_llama
 
 pytestmark = pytest.mark.distributed
@@ -218,6 +218,34 @@ def test_stale_whole_parameters_are_dropped(run_on_ranks: Any) -> None:
         assert all_zero, "parameter.partition() no longer drops old values: an imported state would be half used"
 
 
+def in_flight(ranks: Ranks) -> tuple[int, int, bool]:
+    """Weights on their way after a forward pass without a backward, and after the cleaning; whether the trace stays."""
+    engine = make(ranks, 3)
+    for step in range(2):
+        one_step(engine, step, 2)
+    coordinator = engine.inner.optimizer.parameter_offload.get_param_coordinator()
+
+    def count() -> int:
+        return sum(p.ds_status.name == "INFLIGHT" for p in engine.module.parameters())
+
+    with torch.no_grad():
+        engine.inner(input_ids=torch.arange(6)[None])
+    before = count()
+    coordinator._clean_inflight_param_registry()
+    result = before, count(), coordinator.is_complete_trace()
+    engine.destroy()
+    return result
+
+
+def test_a_forward_alone_leaves_weights_on_their_way(run_on_ranks: Any) -> None:
+    for before, after, traced in run_on_ranks(2, f"{HERE}:in_flight"):
+        assert before > 0, (
+            "stage 3 no longer gathers ahead for a backward pass that may not come; forward need not clean"
+        )
+        assert after == 0, "_clean_inflight_param_registry no longer waits for what is on its way"
+        assert traced, "cleaning throws the trace away: every evaluation would slow the training after it down"
+
+
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +274,25 @@ def test_twin_has_no_hooks_and_the_same_parameters(run_on_ranks: Any) -> None:
     assert twins == 0, "the twin got hooks: it would gather layer by layer"
     assert same_model, "DeepSpeed replaced Parameter objects; the twin would keep the old ones"
     assert same_twin, "the twin has parameters of its own"
+
+
+def left_behind(ranks: Ranks, stage: int) -> tuple[int, list[str]]:
+    """What DeepSpeed's own destroy leaves on a model: hooks, and attributes by name."""
+    engine = make(ranks, stage)
+    one_step(engine, 0, 2)
+    model = engine.module
+    engine.inner.destroy()
+    owners: list[Any] = [*model.modules(), *model.parameters()]
+    names = {name for owner in owners for name in LEFT_BEHIND if name in vars(owner)}
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()), sorted(names)
+
+
+def test_deepspeed_does_not_let_go_of_a_model(run_on_ranks: Any) -> None:
+    found = [run_on_ranks(1, f"{HERE}:left_behind", stage=stage)[0] for stage in (2, 3)]
+    assert [hooks for hooks, _ in found] == [2, 2], "DeepSpeedEngine.destroy() has other hooks to be removed after it"
+    assert [names for _, names in found] == [[], sorted(LEFT_BEHIND)], (
+        "ZeRO-3 keeps other things on modules and parameters; Engine.destroy may leave the old engine in memory"
+    )
 
 
 def sharded_then_grown(ranks: Ranks, dtype: str) -> list[float]:

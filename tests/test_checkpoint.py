@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from rlhf_cli.errors import CheckpointError, RunFailed
 from rlhf_cli.runtime import checkpoint
-from rlhf_cli.runtime.distributed import Ranks
+from rlhf_cli.runtime.distributed import Ranks, gather_objects
 from rlhf_cli.runtime.seed import rng_state, seed_everything, set_rng_state
 
 pytestmark = pytest.mark.distributed
@@ -166,6 +167,37 @@ def test_one_rank_that_cannot_write_fails_all(run_on_ranks: Any, tmp_path: Path)
     for message in run_on_ranks(2, "tests.dist_cases:unwritable_shard", run_dir=str(tmp_path)):
         assert message.startswith("could not write a checkpoint: ")
         assert ".tmp-step_00000007/engine" in message
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def save_with_two_writers(ranks: Ranks, run_dir: str, failing: list[str]) -> str:
+    """What each rank is told when some of two writers, such as PPO's, cannot write on the last rank."""
+
+    def writer(name: str) -> Any:
+        def write(directory: Path) -> None:
+            gather_objects(name)
+            if name in failing and ranks.rank == ranks.world_size - 1:
+                raise SafetensorError(f"no room for {name}") if name == "critic" else OSError(f"no room for {name}")
+            (directory / f"part-{ranks.rank}").write_text(name)
+
+        return write
+
+    writers = {name: writer(name) for name in ("policy", "critic")}
+    try:
+        checkpoint.save(Path(run_dir), 1, ranks, writers, {}, 1, 0)
+    except RunFailed as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("failing", [["policy"], ["critic"], ["policy", "critic"]])
+def test_a_writer_that_fails_on_one_rank_leaves_nobody_waiting(
+    run_on_ranks: Any, tmp_path: Path, failing: list[str]
+) -> None:
+    told = run_on_ranks(
+        2, "tests.test_checkpoint:save_with_two_writers", timeout=20.0, run_dir=str(tmp_path), failing=failing
+    )
+    assert told == [f"could not write a checkpoint: no room for {failing[0]}"] * 2
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from rlhf_cli.runtime import engine as engines
 from rlhf_cli.runtime.distributed import Ranks
 from rlhf_cli.runtime.engine import make_engine, param_groups
 from rlhf_cli.schema import DeepspeedConfig, OptimConfig, build
-from tests.dist_cases import tiny_llama, train_plain
+from tests.dist_cases import SMALL_STAGE_3, tiny_llama, train_plain
+from tests.ppo_models import ppo_config, write_adapter_run, write_policy_run
 
 pytestmark = pytest.mark.distributed
 LAYOUTS = [(1, 0, 8), (1, 1, 2), (1, 2, 1), (1, 3, 2), (2, 0, 2), (2, 1, 1), (2, 2, 1), (2, 2, 4), (2, 3, 2), (2, 3, 4)]
@@ -161,6 +163,31 @@ def test_generation_context(run_on_ranks: Any, plain: Any, stage: int) -> None:
         assert (loss, norm) == (pytest.approx(plain[0][1], abs=1e-5), pytest.approx(plain[1][1], abs=1e-5))
 
 
+@pytest.mark.parametrize(("world", "stage"), [(1, 3), (2, 2), (2, 3)])
+def test_reading_between_steps_changes_nothing(run_on_ranks: Any, world: int, stage: int) -> None:
+    """Under ZeRO-3 a forward without a backward leaves weights on their way that nobody waits for."""
+    undisturbed = run_on_ranks(world, "tests.dist_cases:train", stage=stage)[0]
+    results = run_on_ranks(world, "tests.dist_cases:train_and_read", stage=stage)
+    assert all(result[3] for result in results)
+    assert results[0][:2] == undisturbed[:2]
+    assert all(np.array_equal(results[0][2][name], weight) for name, weight in undisturbed[2].items())
+
+
+def test_engines_over_one_base_read_in_turns(run_on_ranks: Any, tmp_path: Path) -> None:
+    """PPO's hydra under ZeRO-3: weights that one engine gathers ahead are the other one's, too."""
+    policy = write_policy_run(tmp_path / "sft")
+    adapter = write_adapter_run(tmp_path / "rm", policy)
+    found = {}
+    for name, more in (("whole", {}), ("ahead", SMALL_STAGE_3)):
+        config = ppo_config(policy, [{"path": str(adapter)}], 3, lora={"enabled": True, "r": 2}, sharing="hydra")
+        config.deepspeed.json["zero_optimization"] |= more
+        case = {"run_dir": str(tmp_path / name), "config": config, "steps": 3}
+        _, weights, readings = run_on_ranks(2, "tests.ppo_model_cases:open_train_read", **case)[0]
+        found[name] = weights["policy"] | weights["critic"] | readings
+    assert found["whole"].keys() == found["ahead"].keys()
+    assert all(np.array_equal(found["whole"][key], found["ahead"][key]) for key in found["whole"])
+
+
 def test_param_groups() -> None:
     model = tiny_llama()
     model.model.layers[1].requires_grad_(False)
@@ -212,6 +239,7 @@ def test_one_rank_in_fp32_divides_no_gradients(
     def initialize(config: dict[str, Any], **_: Any) -> None:
         raise Asked(config["zero_optimization"]["stage"], bool(config["zero_optimization"].get("overlap_comm")))
 
+    monkeypatch.setattr(engines, "barrier", lambda: None)
     monkeypatch.setattr(engines.ds, "initialize", initialize)
     model = torch.nn.Linear(2, 2)
     ranks = Ranks(0, world_size, 0, torch.device("cpu"))
@@ -219,6 +247,23 @@ def test_one_rank_in_fp32_divides_no_gradients(
     with pytest.raises(Asked) as asked:
         make_engine(model, param_groups(model, 0.0), OptimConfig(), deepspeed, dtype, ranks)
     assert asked.value.args == (stage, False)
+
+
+def test_ranks_meet_before_deepspeed_has_them_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own groups have NCCL's default timeout, and ranks load a model at different speeds."""
+
+    class Met(Exception):
+        pass
+
+    def meet() -> None:
+        raise Met
+
+    monkeypatch.setattr(engines, "barrier", meet)
+    monkeypatch.setattr(engines.ds, "initialize", lambda **_: pytest.fail("not all ranks are here"))
+    model = torch.nn.Linear(2, 2)
+    ranks = Ranks(0, 2, 0, torch.device("cpu"))
+    with pytest.raises(Met):
+        make_engine(model, param_groups(model, 0.0), OptimConfig(), DeepspeedConfig(), torch.float32, ranks)
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,13 @@ def test_state_held_over_a_change_of_trainable_parameters(run_on_ranks: Any, wor
     assert largest_difference(result, held_over_change_plain()) < 1e-5
 
 
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "bf16"), (2, "fp32"), (3, "bf16")])
+def test_a_destroyed_engine_leaves_nothing_behind(run_on_ranks: Any, stage: int, dtype: str) -> None:
+    found = run_on_ranks(2, "tests.dist_cases:engines_alive", stage=stage, dtype=dtype)[0]
+    assert [alive for alive, _ in found] == [1, 1, 1]
+    assert len({hooks for _, hooks in found}) == 1
+
+
 def test_files(run_on_ranks: Any, tmp_path: Path) -> None:
     run_on_ranks(2, "tests.dist_cases:train_and_save", stage=3, dtype="bf16", run_dir=str(tmp_path), after=0)
     directory = tmp_path / "checkpoints" / "step_00000003" / "engine"

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf_cli import assemble
 from rlhf_cli.rundir import read_manifest
+from rlhf_cli.runtime.distributed import Ranks
+from rlhf_cli.runtime.engine import Engine, make_engine
 from rlhf_cli.runtime.metrics import read_metrics
-from tests.stage_cases import words, write_dialogues
+from tests.stage_cases import run_sft, words, write_dialogues
 
 RUN = "tests.stage_cases:run_sft"
 Runner = Callable[..., list[Any]]
@@ -193,6 +198,34 @@ def test_lisa_trains_the_drawn_blocks_and_resumes_exactly(
     run_on_ranks(world_size, RUN, run_dir=str(tmp_path / "parts"), overrides=parts)
     run_on_ranks(world_size, RUN, run_dir=str(tmp_path / "parts"), overrides=whole)
     assert not changed(after, weights(tmp_path / "parts"))
+
+
+def engines_at_each_draw(ranks: Ranks, run_dir: str, overrides: list[str]) -> list[int]:
+    """How many engines of DeepSpeed are in memory whenever LISA makes another."""
+    made: list[Any] = []
+    found = []
+
+    def make(*args: Any) -> Engine:
+        found.append(sum(inner() is not None for inner in made))
+        engine = make_engine(*args)
+        made.append(weakref.ref(engine.inner))
+        return engine
+
+    with mock.patch.object(assemble, "make_engine", make):
+        run_sft(ranks, run_dir, overrides)
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_lisa_keeps_one_engine(run_on_ranks: Runner, data: Path, tmp_path: Path, stage: str) -> None:
+    options = {"mode": "lisa", "lisa_layers": 1, "lisa_interval": 1}
+    overrides = words(
+        data, deepspeed=stage, train__max_steps=6, **{f"model__trainable__{k}": v for k, v in options.items()}
+    )
+    (found,) = run_on_ranks(1, "tests.test_sft:engines_at_each_draw", run_dir=str(tmp_path / "r"), overrides=overrides)
+    assert len(found) > 3, "LISA must have drawn other blocks for this to mean anything"
+    assert set(found) == {0}, "the old engine's master weights and moments are still there"
 
 
 @pytest.mark.distributed

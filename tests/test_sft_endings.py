@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from rlhf_cli import training
+from rlhf_cli.errors import RunFailed
 from rlhf_cli.rundir import read_manifest
+from rlhf_cli.runtime import checkpoint
+from rlhf_cli.runtime.distributed import Ranks
 from rlhf_cli.runtime.metrics import read_metrics
-from tests.stage_cases import words, write_dialogues
+from rlhf_cli.stages import sft
+from tests.stage_cases import run_sft, words, write_dialogues
 
 RUN, STOP, KILL = (f"tests.{name}" for name in (
     "stage_cases:run_sft", "stop_cases:run_sft_stopping", "stop_cases:run_sft_killed_at_the_end"
@@ -60,6 +69,9 @@ def test_a_stop_takes_no_evaluation_away(
     (ended,) = run_on_ranks(1, RUN, run_dir=str(tmp_path / "parts"), overrides=overrides)
     assert figures(tmp_path / "parts") == figures(tmp_path / "whole")
     assert ["eval_loss" in line for line in figures(tmp_path / "parts")] == [False, True, False, True]
+    for line in read_metrics(tmp_path / "parts"):
+        assert line["perf/train_s"] > 0
+        assert (line["perf/score_s"] > 0) == ("eval_loss" in line)
     assert ended["eval_loss"] == read_manifest(tmp_path / "whole")["metrics"]["eval_loss"]
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -99,3 +111,91 @@ def test_missing_best_weights_are_told_at_the_start(run_on_ranks: Runner, data: 
     kept.rename(tmp_path / "elsewhere")
     with pytest.raises(AssertionError, match=r"best weights so far in .*best_0000000\d, which is missing"):
         run_on_ranks(1, RUN, run_dir=str(tmp_path / "r"), overrides=overrides)
+
+
+ENDINGS = {
+    "conclude": (sft.LanguageModelObjective, OSError(errno.ENOSPC, "No space left on device")),
+    "write_model": (training, SafetensorError("I/O error: No space left on device")),
+    "show": (training, ValueError("a curve that cannot be drawn")),
+}
+
+
+def run_sft_failing(ranks: Ranks, run_dir: str, overrides: list[str], what: str, full: bool = False) -> str:
+    """What each rank is told when rank 0 cannot write something at the end. full: nor a checkpoint."""
+    owner, error = ENDINGS[what]
+    usual = getattr(owner, what)
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        if ranks.is_main:
+            raise error
+        return usual(*args, **kwargs)
+
+    def no_room(*_: Any) -> None:
+        raise RunFailed("no room for a checkpoint")
+
+    room = mock.patch.object(checkpoint, "check_space", no_room if full else checkpoint.check_space)
+    with mock.patch.object(owner, what, fail), room:
+        try:
+            run_sft(ranks, run_dir, overrides)
+        except RunFailed as failed:
+            return str(failed)
+    return "no error"
+
+
+FAILING = "tests.test_sft_endings:run_sft_failing"
+
+
+@pytest.mark.parametrize("what", [*ENDINGS])
+def test_a_failure_at_the_end_keeps_the_training(run_on_ranks: Runner, data: Path, tmp_path: Path, what: str) -> None:
+    """With save_every=0, the default, nothing of it would be on the disk."""
+    case: dict[str, Any] = {"run_dir": str(tmp_path / "r"), "overrides": words(data, **EVALUATED)}
+    assert (
+        run_on_ranks(2, FAILING, what=what, **case)
+        == [
+            f"training is done, but not its end: {'ValueError: ' if what == 'show' else ''}{ENDINGS[what][1]}."
+            " A checkpoint of step 4 is kept, and the same command goes on from it"
+        ]
+        * 2
+    )
+    assert read_manifest(tmp_path / "r")["status"] == "running"
+    before = figures(tmp_path / "r")
+    run_on_ranks(2, RUN, **case)
+    assert read_manifest(tmp_path / "r")["status"] == "complete"
+    assert figures(tmp_path / "r") == before, "nothing is trained again"
+    run_on_ranks(2, RUN, run_dir=str(tmp_path / "whole"), overrides=case["overrides"])
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "r")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_failure_at_the_end_keeps_the_best_weights(run_on_ranks: Runner, data: Path, tmp_path: Path) -> None:
+    case: dict[str, Any] = {
+        "run_dir": str(tmp_path / "r"),
+        "overrides": words(data, **RISING | {"train__save_every": 0}),
+    }
+    run_on_ranks(1, FAILING, what="show", **case)
+    run_on_ranks(1, RUN, **case)
+    metrics = read_manifest(tmp_path / "r")["metrics"]
+    assert metrics["best_step"] < metrics["steps"] < 30, "for this to mean anything"
+    run_on_ranks(1, RUN, run_dir=str(tmp_path / "whole"), overrides=case["overrides"])
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "r")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_disk_that_is_full_at_the_end(run_on_ranks: Runner, data: Path, tmp_path: Path) -> None:
+    """Without room for a checkpoint, the first cause is told; one of the last step that is there stays."""
+    case: dict[str, Any] = {"run_dir": str(tmp_path / "r"), "what": "write_model", "full": True}
+    lost = run_on_ranks(2, FAILING, overrides=words(data, **EVALUATED), **case)
+    assert (
+        lost
+        == [
+            "training is done, but not its end: I/O error: No space left on device."
+            " Nor could a checkpoint be saved: no room for a checkpoint"
+        ]
+        * 2
+    )
+    run_on_ranks(2, FAILING, overrides=words(data, **EVALUATED), **case | {"full": False})
+    digests = tmp_path / "r" / "checkpoints" / "step_00000004" / "digests.json"
+    saved = json.loads(digests.read_text())
+    for told in run_on_ranks(2, FAILING, overrides=words(data, **EVALUATED), **case):
+        assert told.endswith("A checkpoint of step 4 is kept, and the same command goes on from it")
+    assert json.loads(digests.read_text()) == saved

@@ -48,8 +48,8 @@ def _check_critic(config: PpoConfig, weights_needed: bool) -> Iterator[Problem]:
     if config.reward.normalize and config.reward.moments == "running":
         yield Problem(
             "ppo.critic",
-            "reward: with reward.moments=running nobody knows at the start what the policy's scores will be; use policy,"
-            " or reward.moments=manifest",
+            "reward: with reward.moments=running nobody knows at the start what scores will be; use policy, or"
+            " reward.moments=manifest",
         )
     sources = [source for _, source in reward_models(config) if source.type == "model" and source.weight > 0]
     if not sources:

@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
+
 from rlhf_cli.errors import CheckpointError, RunFailed
 from rlhf_cli.files import check_space, digest_file, sync
 from rlhf_cli.runtime.distributed import Ranks, barrier, broadcast_object, gather_objects
@@ -31,6 +33,8 @@ LOOP_STATE = "loop_state.json"
 DIGESTS = "digests.json"
 HEADROOM_BYTES = 64 * 2**20  # index, RNG and loop state, and room for the log files beside them
 STEP_NAME = re.compile(r"step_(\d{8}|[1-9]\d{8,})")
+
+WRITE_FAILURES = (OSError, SafetensorError, RunFailed)  # safetensors reports a full disk as an error of its own
 
 Writer = Callable[[Path], None]
 
@@ -54,8 +58,8 @@ def save(
 ) -> Path:
     """Write checkpoints/step_<step> and remove older ones beyond the newest `keep`. All ranks call it.
 
-    writers: called on all ranks, each with a directory of its own name. loop_state: JSON values, the same on all
-    ranks. bytes_needed: what the writers will write together.
+    writers: called on all ranks, each with a directory of its own name; one that cannot write raises after its
+    collectives. loop_state: JSON values, the same on all ranks. bytes_needed: what they will write together.
     Raises RunFailed on every rank when the disk has too little room (then nothing was written) or a write failed.
     """
     root = run_dir / DIRECTORY
@@ -162,8 +166,14 @@ def _fresh_directory(temporary: Path, writers: Mapping[str, Writer]) -> None:
 def _write_all(
     temporary: Path, step: int, ranks: Ranks, writers: Mapping[str, Writer], loop_state: dict[str, Any]
 ) -> None:
+    failures: list[Exception] = []
     for name, write in writers.items():
-        write(temporary / name)
+        try:
+            write(temporary / name)
+        except WRITE_FAILURES as error:
+            failures.append(error)  # but the other ranks are in the next writer's collectives by now
+    if failures:
+        raise failures[0]
     _write_json(_rng_file(temporary, ranks.rank), rng_state())
     if ranks.is_main:
         state = {
@@ -207,10 +217,10 @@ def _together(body: Callable[[], Any]) -> list[Any]:
     result: Any = None
     try:
         result = body()
-    except OSError as error:
-        failure = f"could not write a checkpoint: {error}"
     except RunFailed as error:
         failure = str(error)
+    except WRITE_FAILURES as error:
+        failure = f"could not write a checkpoint: {error}"
     outcomes = gather_objects((result, failure))
     failures = [text for _, text in outcomes if text is not None]
     if failures:

@@ -7,6 +7,7 @@ tests/test_canaries_deepspeed.py.
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import warnings
 from collections import Counter
@@ -20,10 +21,11 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.runtime.distributed import Ranks
+from rlhf_cli.runtime.distributed import Ranks, barrier
 from rlhf_cli.schema import DeepspeedConfig, OptimConfig
 
 DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements
+LEFT_BEHIND = ("pre_bwd_fn", "post_bwd_fn", "_z3_optimizer")  # by ZeRO-3, on modules and parameters
 
 
 class Engine:
@@ -55,7 +57,11 @@ class Engine:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
-        return self.inner(*args, **kwargs)
+        output = self.inner(*args, **kwargs)
+        if self.zero_stage == 3 and not torch.is_grad_enabled():
+            # It has begun to gather weights for a backward pass, which does not come: nobody could read or save them.
+            self.inner.optimizer.parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
+        return output
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of loss () to what has gathered since the last step.
@@ -88,8 +94,23 @@ class Engine:
         self.module.eval()
 
     def destroy(self) -> None:
-        """Take DeepSpeed off the model, which stays usable for another make_engine (with ZeRO-3: sharded)."""
-        self.inner.destroy()
+        """Take DeepSpeed off the model, which stays usable for another make_engine (with ZeRO-3: sharded).
+
+        Master weights and moments are given back, whoever still holds this engine; nothing can be done with it.
+        """
+        inner, model = self.inner, self.module
+        self.inner = self._twin = None
+        inner.destroy()
+        # What it leaves on the model would keep all of it alive, and have the next engine's backward pass run by it.
+        inner.module_forward_pre_hook.remove()
+        inner.module_forward_post_hook.remove()
+        for owner in [*model.modules(), *model.parameters()]:
+            for name in LEFT_BEHIND:
+                vars(owner).pop(name, None)
+        del inner
+        gc.collect()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def param_groups(model: nn.Module, weight_decay: float, steps: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
@@ -139,6 +160,7 @@ def make_engine(
     optimizer = torch.optim.AdamW(
         groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=ranks.device.type == "cuda"
     )
+    barrier()  # ranks load at different speeds, and DeepSpeed's own groups wait no longer than NCCL's default
     inner, *_ = ds.initialize(model=model, optimizer=optimizer, config=config)
     if twin is not None:
         # Parameters are shared; buffers are not, and DeepSpeed moved only the model's own to the device.
