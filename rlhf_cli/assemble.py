@@ -23,6 +23,7 @@ from rlhf_cli.loop import LoopState
 from rlhf_cli.models.head import enable_loss
 from rlhf_cli.models.load import enable_gradient_checkpointing, load_config, load_policy
 from rlhf_cli.models.lora import TaskType, add_lora, plain_model, save_adapter
+from rlhf_cli.models.packing import check_packing
 from rlhf_cli.models.reward import enable_scores, load_reward_config, load_reward_model, new_reward_model, reward_config
 from rlhf_cli.models.save import save_model
 from rlhf_cli.models.scratch import make_config, new_model
@@ -34,7 +35,7 @@ from rlhf_cli.runtime.engine import Engine, gathered_state_dict, make_engine, pa
 from rlhf_cli.runtime.engine_state import hold_state, restore_state
 from rlhf_cli.runtime.manifest import model_dir
 from rlhf_cli.schema import LoadedModelConfig, TrainedConfig
-from rlhf_cli.schema.data import TemplateName
+from rlhf_cli.schema.data import TemplateName, TextDataConfig, TokenSourceConfig
 
 WEIGHTS = "weights"  # a checkpoint's directory of whole weights
 
@@ -192,7 +193,7 @@ def build_model(
         model = _new_model(config, text, task, dtype)
     else:
         model = _load_model(config, text, task, dtype, run, found)
-    check_length(plain_model(model).config, config.data.max_length)
+    check_rows(plain_model(model).config, config.data)
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(plain_model(model))
     if config.lora.enabled:
@@ -241,11 +242,14 @@ def _load_model(
         return load_policy(settings, path, dtype, device, num_tokens)
 
 
-def check_length(architecture: Any, max_length: int) -> None:
-    """Raise ModelError when sequences are longer than the model has positions."""
-    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
-        raise ModelError(f"data.max_length: {max_length} is more than the {positions} positions of the model; lower it")
+def check_rows(architecture: Any, data: TokenSourceConfig) -> None:
+    """Raise ModelError when sequences are longer than the model has positions, or are to be packed and the model would
+    not keep their rows apart."""
+    positions, longest = getattr(architecture.get_text_config(), "max_position_embeddings", None), data.max_length
+    if positions is not None and longest > positions:
+        raise ModelError(f"data.max_length: {longest} is more than the {positions} positions of the model; lower it")
+    if isinstance(data, TextDataConfig) and data.packing:
+        check_packing(architecture, "data.packing")
 
 
 def make_or_resume(

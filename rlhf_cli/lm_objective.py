@@ -9,7 +9,7 @@ import time
 import numpy as np
 import torch
 
-from rlhf_cli.assemble import Task, Text, model_config
+from rlhf_cli.assemble import Text
 from rlhf_cli.data import plan
 from rlhf_cli.data.collate import collate
 from rlhf_cli.data.dataset import Prepared
@@ -18,7 +18,6 @@ from rlhf_cli.data.token_rows import TokenRows
 from rlhf_cli.data.tokenize import encode_prompt, make_encoder
 from rlhf_cli.files import write_text
 from rlhf_cli.loop import Conclusion, Micro, StepData, heed_stop
-from rlhf_cli.models.packing import check_packing
 from rlhf_cli.rollout.sampler import Request, generate
 from rlhf_cli.run import Run
 from rlhf_cli.runtime.distributed import gather_objects, sum_over_ranks
@@ -32,9 +31,6 @@ class LanguageModelObjective:
     """Token cross-entropy over the global batch, evaluation on held-out rows, and samples."""
 
     def __init__(self, config: SftConfig, data: Prepared, text: Text, run: Run):
-        """Raises ModelError for rows that are to be packed for a model that would not keep them apart."""
-        if config.data.packing:
-            check_packing(model_config(config, text, Task()), "data.packing")
         self.config, self.text, self.run = config, text, run
         self.rows, self.eval_rows = data.train, data.eval
         settings = config.train

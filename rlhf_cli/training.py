@@ -24,7 +24,7 @@ from rlhf_cli.assemble import (
     Task,
     Text,
     build_model,
-    check_length,
+    check_rows,
     load_text,
     make_or_resume,
     model_config,
@@ -102,7 +102,7 @@ def dry_run(
         text = load_text(config, Path(scratch), None, reading)
     data = reading.prepare(config.data, text.tokenizer, tokenizer_digest(text.tokenizer), text.template, print)
     architecture = model_config(config, text, task_of(data))
-    check_length(architecture, config.data.max_length)
+    check_rows(architecture, config.data)
     # Several ranks are several GPUs, also when they are planned on a machine without.
     planned = plan_run(config, data, architecture, world_size, for_gpu=torch.cuda.is_available() or world_size > 1)
     title = f"rlhf {config.stage} --dry-run: nothing was started"

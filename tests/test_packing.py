@@ -13,14 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, OPTConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from rlhf_cli.assemble import Text
 from rlhf_cli.data.collate import collate
-from rlhf_cli.data.templates import TEMPLATES
 from rlhf_cli.errors import ModelError
-from rlhf_cli.lm_objective import LanguageModelObjective
 from rlhf_cli.models.head import enable_loss
 from rlhf_cli.models.packing import KNOWN, check_packing
 from rlhf_cli.schema import SftConfig, build
+from rlhf_cli.stages.sft import dry_run
 from tests.tiny_models import tiny_tokenizer
 
 # Whatever an architecture calls its sizes.
@@ -92,13 +90,16 @@ def test_models_with_code_of_their_own_are_refused() -> None:
         check_packing(config, "ppo.ptx.data.packing")
 
 
-def test_a_run_with_packing_is_refused_for_such_a_model(tmp_path: Path) -> None:
+def test_a_dry_run_with_packing_is_refused_for_such_a_model(tmp_path: Path) -> None:
     REFUSED[0].save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(
         json.dumps(json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["OPTForCausalLM"]})
     )
-    config = build(SftConfig, {"model": {"path": str(tmp_path)}, "data": {"path": "x.jsonl", "packing": True}})
-    nothing: Any = None
-    text = Text(tiny_tokenizer(), TEMPLATES["none"], 0)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "x.jsonl").write_text('{"text": "a floor"}\n' * 4)
+    data = {"path": str(tmp_path / "x.jsonl"), "packing": True, "max_length": 16, "cache_dir": str(tmp_path / "cache")}
+    config = build(SftConfig, {"model": {"path": str(tmp_path)}, "data": data})
     with pytest.raises(ModelError, match=r"^data\.packing: opt"):
-        LanguageModelObjective(config, nothing, text, nothing)
+        dry_run(config, 1)
+    config.data.packing = False
+    dry_run(config, 1)
