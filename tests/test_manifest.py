@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,13 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ModelError, match=r"manifest\.json is damaged \("):
         read_manifest(tmp_path)
+
+
+def test_the_commit_is_that_of_this_checkout_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "empty"], check=True)
+    for folder, is_ours in ((tmp_path / "rlhf_cli", True), (tmp_path / ".venv" / "lib" / "rlhf_cli", False)):
+        monkeypatch.setattr(manifest, "__file__", str(folder / "runtime" / "manifest.py"))
+        folder.mkdir(parents=True)
+        assert (manifest.git_commit() is not None) == is_ours

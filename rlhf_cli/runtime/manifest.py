@@ -142,12 +142,15 @@ def _check_unchanged(run_dir: Path, old: dict[str, Any], new: dict[str, Any]) ->
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout this package runs from, or None for an installed package."""
-    here = Path(__file__).resolve().parent
+    """The commit of the checkout this package runs from, or None for an installed package, even inside another one's
+    checkout."""
+    package = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(package), "rev-parse", "--show-toplevel", "HEAD"]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    if done.returncode:
+        return None
+    root, commit = done.stdout.splitlines()
+    return commit if Path(root).resolve() == package.parent else None
