@@ -28,13 +28,15 @@ from rlhf_cli.schema import (
 def compose(stage: str, overrides: list[str]) -> Any:
     """The typed config that `rlhf STAGE *overrides` would run with (conf=... included).
 
-    Raises ConfigError with all problems. Options may be set on the result before it is given to a stage.
+    Raises ConfigError with all problems of these words. What is still missing may be set on the result; the stage that
+    it is given to checks the whole.
     """
-    if stage not in STAGES:
+    name = stage.replace("_", "-")  # as the function of this module is called
+    if name not in STAGES:
         raise ConfigError([Problem("", f"no stage {stage!r}; stages: {', '.join(STAGES)}")])
-    composed = compose_stage(stage, overrides)
-    if composed.problems or composed.unmet:
-        raise ConfigError(composed.problems + composed.unmet)
+    composed = compose_stage(name, overrides)
+    if composed.problems:
+        raise ConfigError(composed.problems)
     return composed.config
 
 

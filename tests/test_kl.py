@@ -81,6 +81,8 @@ def test_by_hand() -> None:
     assert kl_estimate(logprobs, reference, "k1")[0].tolist() == pytest.approx([-two, two])
     assert kl_estimate(logprobs, reference, "k2")[0].tolist() == pytest.approx([two**2 / 2] * 2)
     assert kl_estimate(logprobs, reference, "k3")[0].tolist() == pytest.approx([1 - two, two - 0.5])
+    with pytest.raises(ValueError, match="allowed: k1, k2, k3"):
+        kl_estimate(torch.zeros(1, 1), torch.zeros(1, 1), "k4")
 
 
 @settings(max_examples=50, deadline=None)

@@ -95,14 +95,25 @@ def test_a_label_may_be_a_number_without_quotes() -> None:
 
 
 def test_from_python_a_wrong_stage_is_told_before_anything_starts(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no stage 'merge_lora'; stages: sft, rm, ppo, raft, merge-lora, score"):
-        api.compose("merge_lora", [])
+    with pytest.raises(ConfigError, match="no stage 'merge'; stages: sft, rm, ppo, raft, merge-lora, score"):
+        api.compose("merge", [])
     config = api.compose(
         "score", ["data.path=a.jsonl", "reward.sources=[{type: rouge}]", f"run_dir={tmp_path / 'run'}"]
     )
     with pytest.raises(ConfigError, match=r"`rlhf rm` takes a RmConfig, .*; got ScoreConfig"):
         api.rm(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_from_python_the_missing_may_be_set_on_the_config(tmp_path: Path) -> None:
+    config = api.compose("merge_lora", [f"run_dir={tmp_path / 'run'}"])
+    with pytest.raises(ConfigError, match=r"merge\.adapter: is required"):
+        api.merge_lora(config)
+    config.merge.adapter = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="nowhere"):
+        api.merge_lora(config)
+    with pytest.raises(ConfigError, match=r"^merge\.adaptor: is not an option"):
+        api.compose("merge-lora", ["merge.adaptor=x"])
 
 
 @pytest.mark.parametrize(

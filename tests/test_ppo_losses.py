@@ -46,6 +46,13 @@ def test_clipping_direction_of_the_policy(
     assert stats.approxkl.item() == pytest.approx(0.5 * math.log(ratio) ** 2)
 
 
+@pytest.mark.parametrize("num_tokens", [None, 0, torch.tensor(0)])
+def test_a_mini_batch_without_a_token_has_no_loss(num_tokens: int | torch.Tensor | None) -> None:
+    zero, nothing = one(0.3), torch.zeros_like(KEPT)
+    assert ppo_policy_loss(zero, zero, zero, nothing, 0.2, num_tokens)[0] == 0
+    assert ppo_value_loss(zero, zero, zero, nothing, 0.2, num_tokens)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("value", "target", "loss", "gradient", "clipfrac"),
     [

@@ -50,9 +50,7 @@ def slow_select(rewards: list[float], groups: list[int], strategy: Strategy, top
     pools = members(groups) if strategy == "local" else [list(range(len(rewards)))]
     chosen = []
     for pool in pools:
-        number = round(len(pool) * top_fraction)
-        if strategy == "local":
-            number = max(1, number)
+        number = max(1, round(len(pool) * top_fraction))
         chosen += [i for i in best_first(rewards, pool)[:number] if rewards[i] > GONE]
     return sorted(chosen)
 
@@ -67,7 +65,10 @@ def test_selection_by_hand() -> None:
     assert select_top(rewards, "top", 0.25, groups).tolist() == [0, 1, 6]
     # 6 places, 5 to fill them
     assert select_top(rewards, "top", 0.5, groups).tolist() == [0, 1, 4, 6, 7]
+    assert select_top(rewards, "top", 0.01, groups).tolist() == [1], "one at least"
     assert response_ranks(rewards, groups).tolist() == [3, 1, 2, 3, 1, 4, 2, 4, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="allowed: local, top"):
+        select_top(rewards, "best", 0.5, groups)  # type: ignore[arg-type]
 
 
 @settings(max_examples=150, deadline=None)

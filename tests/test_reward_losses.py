@@ -36,6 +36,8 @@ def test_pairwise_by_hand() -> None:
     # centring: 0.01 ((3 + 1)² + (1 + 1)²) / 2 = 0.1
     centred, _ = pairwise_reward_loss(doubles(3, 1), doubles(1, 1), center_coef=0.01)
     assert centred.item() == pytest.approx((0.126928 + 0.693147) / 2 + 0.1, abs=1e-6)
+    both = pairwise_reward_loss(doubles(3, 1), doubles(1, 1), margin=2.0)[0]
+    assert both == pairwise_reward_loss(doubles(3, 1), doubles(1, 1), margin=torch.tensor([2.0, 2.0]))[0]
 
 
 def test_pairwise_gradient() -> None:

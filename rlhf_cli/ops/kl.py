@@ -35,7 +35,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
         return k1
     if kind == "k2":
         return 0.5 * k1.square()
-    assert kind == "k3", kind
+    if kind != "k3":
+        raise ValueError(f"kind {kind!r}; allowed: k1, k2, k3")
     # expm1, not exp − 1: near r = 1 the difference would be all rounding error
     return torch.expm1(-k1) + k1
 

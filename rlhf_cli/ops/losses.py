@@ -35,11 +35,11 @@ class ClassificationStats(NamedTuple):
 
 
 def pairwise_reward_loss(
-    chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, center_coef: float = 0.0
+    chosen: Tensor, rejected: Tensor, margin: Tensor | float | None = None, center_coef: float = 0.0
 ) -> tuple[Tensor, ComparisonStats]:
     """Mean of -log σ(chosen - rejected - margin) + center_coef (chosen + rejected)² over the pairs.
 
-    chosen, rejected, margin: (N,). Bradley & Terry 1952; the margin is that of Llama 2 (arXiv 2307.09288, eq. 2), the
+    chosen, rejected, margin: (N,); a margin may be one number for all. Bradley & Terry 1952; the margin is that of Llama 2 (arXiv 2307.09288, eq. 2), the
     centring that of Eisenstein et al. (arXiv 2312.09244).
     """
     assert chosen.shape == rejected.shape == (len(chosen),), f"{chosen.shape} and {rejected.shape}"
@@ -213,17 +213,18 @@ def _right_shares(differences: Tensor) -> Tensor:
     return (differences > 0).to(differences.dtype) + 0.5 * (differences == 0).to(differences.dtype)
 
 
-def _pair_losses(better: Tensor, worse: Tensor, margin: Tensor | None, center_coef: float) -> Tensor:
+def _pair_losses(better: Tensor, worse: Tensor, margin: Tensor | float | None, center_coef: float) -> Tensor:
     """(P,) each."""
     difference = better - worse
     if margin is not None:
-        difference = difference - margin.to(difference)
+        difference = difference - torch.as_tensor(margin).to(difference)
     losses = -functional.logsigmoid(difference)
     return losses if center_coef == 0 else losses + center_coef * (better + worse).square()
 
 
 def _token_count(keep_mask: Tensor, num_tokens: int | Tensor | None) -> int | Tensor:
-    return keep_mask.sum().clamp(min=1) if num_tokens is None else num_tokens
+    count = keep_mask.sum() if num_tokens is None else num_tokens
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(1, count)
 
 
 def _wide(values: Tensor) -> Tensor:

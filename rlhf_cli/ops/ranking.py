@@ -18,7 +18,7 @@ def select_top(rewards: Tensor, strategy: Literal["local", "top"], top_fraction:
     """Indices of the selected responses, (S,) int64 ascending. rewards (N,); group_ids (N,) int64.
 
     local: of each group the best round(size of the group x top_fraction), one at least. top: the best
-    round(N x top_fraction) of all; groups do not matter. Discarded ones count in the size of the group and in N, but
+    round(N x top_fraction) of all, one at least; groups do not matter. Discarded ones count in the size of the group and in N, but
     none of them takes a place: where too few are left, fewer are selected. Among equals the lowest index is better.
     """
     if strategy == "local":
@@ -26,8 +26,9 @@ def select_top(rewards: Tensor, strategy: Literal["local", "top"], top_fraction:
         quota = (sizes.double() * top_fraction).round().clamp(min=1)[group]
         ranks = response_ranks(rewards, group_ids)
     else:
-        assert strategy == "top", strategy
-        quota = torch.full_like(rewards, round(len(rewards) * top_fraction), dtype=torch.float64)
+        if strategy != "top":
+            raise ValueError(f"strategy {strategy!r}; allowed: local, top")
+        quota = torch.full_like(rewards, max(1, round(len(rewards) * top_fraction)), dtype=torch.float64)
         ranks = response_ranks(rewards, torch.zeros_like(rewards, dtype=torch.int64))
     return ((ranks <= quota) & torch.isfinite(rewards)).nonzero().squeeze(1)
 
