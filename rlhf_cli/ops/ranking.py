@@ -18,8 +18,9 @@ def select_top(rewards: Tensor, strategy: Literal["local", "top"], top_fraction:
     """Indices of the selected responses, (S,) int64 ascending. rewards (N,); group_ids (N,) int64.
 
     local: of each group the best round(size of the group x top_fraction), one at least. top: the best
-    round(N x top_fraction) of all, one at least; groups do not matter. Discarded ones count in the size of the group and in N, but
-    none of them takes a place: where too few are left, fewer are selected. Among equals the lowest index is better.
+    round(N x top_fraction) of all, one at least; groups do not matter. Discarded ones count in the size of the group
+    and in N, but none of them takes a place: where too few are left, fewer are selected. Among equals the lowest index
+    is better.
     """
     if strategy == "local":
         _, group, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)  # (N,), (G,)
