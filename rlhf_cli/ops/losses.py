@@ -39,7 +39,7 @@ def pairwise_reward_loss(
 ) -> tuple[Tensor, ComparisonStats]:
     """Mean of -log σ(chosen - rejected - margin) + center_coef (chosen + rejected)² over the pairs.
 
-    chosen, rejected, margin: (N,); a margin may be one number for all. Bradley & Terry 1952; the margin is that of Llama 2
+    chosen, rejected, margin: (N,), or one margin for all. Bradley & Terry 1952; the margin is that of Llama 2
     (arXiv 2307.09288, eq. 2), the centring that of Eisenstein et al. (arXiv 2312.09244).
     """
     assert chosen.shape == rejected.shape == (len(chosen),), f"{chosen.shape} and {rejected.shape}"
