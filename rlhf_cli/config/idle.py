@@ -49,7 +49,11 @@ SWITCHES = (
         "optim.schedule=linear or cosine",
         lambda c: c.optim.schedule in ("linear", "cosine"),
     ),
-    Switch(("optim.min_warmup_steps",), "optim.warmup_ratio > 0", lambda c: c.optim.warmup_ratio > 0),
+    Switch(
+        ("optim.min_warmup_steps",),
+        "optim.warmup_ratio > 0",
+        lambda c: c.optim.warmup_ratio > 0 or c.optim.min_warmup_steps == 0,  # none at all may be said of both
+    ),
     Switch(
         ("train.early_stopping.min_delta",),
         "train.early_stopping.patience > 0",
