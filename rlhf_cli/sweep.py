@@ -63,7 +63,7 @@ def run_sweep(stage: str, words: list[str], echo: job.Echo) -> int:
         (base / "sweep.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
         if code > 128:
             return code
-    echo(_table(rows))
+    echo(table(rows))
     return worst
 
 
@@ -87,7 +87,8 @@ def _metrics(run_dir: Path) -> dict[str, Any]:
     return {k: v for k, v in (read_manifest(run_dir).get("metrics") or {}).items() if isinstance(v, int | float)}
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line for each run, with the figures that some run has."""
     wanted = ("eval_reward", "objective/kl", "eval_loss", "loss", "eval_accuracy", "eval_perplexity")
     names = [n for n in wanted if any(n in r["metrics"] for r in rows)]
     width = max(len(r["run"]) for r in rows)

@@ -10,7 +10,7 @@ from rlhf_cli.config.freeze import freeze, standing
 from rlhf_cli.config.idle import SWITCHES
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.schema import SftConfig, build, known_keys, to_dict
-from rlhf_cli.sweep import run_sweep, split
+from rlhf_cli.sweep import run_sweep, split, table
 
 
 @pytest.mark.parametrize(
@@ -168,3 +168,14 @@ def test_a_sweep_names_the_problems_of_all_its_runs_once(tmp_path: Path) -> None
         run_sweep("sft", words, print)
     assert sorted(problem.key for problem in caught.value.problems) == ["data.path", "optim.lr"]
     assert not (tmp_path / "sweep").exists()
+
+
+def test_the_table_of_a_sweep_has_the_figures_of_its_stage() -> None:
+    rows = [
+        {"run": "optim.lr=0.01", "metrics": {"loss": 0.5, "eval_accuracy": 0.75}, "exit_code": 0},
+        {"run": "optim.lr=0.001", "metrics": {}, "exit_code": 1},
+    ]
+    head, first, second = table(rows).splitlines()
+    assert head.split() == ["run", "loss", "eval_accuracy", "exit"]
+    assert first.split() == ["optim.lr=0.01", "0.5000", "0.7500", "0"]
+    assert second.split() == ["optim.lr=0.001", "-", "-", "1"]

@@ -50,7 +50,7 @@ def overrides(policy: Path, folder: Path, **more: object) -> list[str]:
 def test_killed_at_any_moment_it_ends_with_the_same_weights(policy: Path, tmp_path: Path) -> None:
     words = overrides(policy, tmp_path)
     finish("ppo", tmp_path / "whole", words)
-    for step, wait in ((1, 0.1), (5, 0.35)):  # before the first checkpoint, between two
+    for step, wait in ((5, 0.35),):  # between two checkpoints; tests/test_ppo.py has every phase
         front = start("ppo", tmp_path / "killed", words)
         wait_for_step(tmp_path / "killed", step, front)
         time.sleep(wait)

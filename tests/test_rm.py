@@ -74,7 +74,6 @@ def row_scores(run_dir: Path) -> list[dict[str, Any]]:
     [
         (1, {"deepspeed": "zero2"}),
         (2, {"deepspeed": "zero3"}),
-        (2, {"deepspeed": "zero2", "lora": "r16", "optim__lr": 0.01}),
         (2, {"deepspeed": "zero3", "lora": "r16", "optim__lr": 0.01}),
     ],
 )
