@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections import Counter
 
 import numpy as np
@@ -163,13 +162,12 @@ def test_fewer_rows_than_ranks_leave_empty_micro_batches() -> None:
     assert sorted(map(str, plan.ranks)) == ["[[[7]]]", "[[]]", "[[]]"]
 
 
-def test_balance_and_speed_on_a_large_batch() -> None:
+@pytest.mark.timeout(60)  # a tenth of a second on one core; what is quadratic in the rows does not come to an end
+def test_balance_on_a_large_batch() -> None:
     rng = np.random.default_rng(0)
     lengths = np.minimum(rng.lognormal(5, 1, 10_000).astype(int) + 1, 2048)
     for pack_length in (None, 2048):
-        start = time.perf_counter()
         plan = plan_step(np.arange(10_000), lengths, 8, 4, pack_length)
-        assert time.perf_counter() - start < 2  # about 0.1 s on one core
         loads = [
             sum(len(m) * max(int(lengths[rows].sum()) for rows in m) for m in rank if m) for rank in plan.ranks
         ]  # fmt: skip
