@@ -174,7 +174,13 @@ def test_ppos_own_options_are_not_rafts() -> None:
 
 def test_what_may_change_when_a_run_goes_on() -> None:
     known = known_keys(RaftConfig)
-    for key in ("generation.batch_size", "raft.frozen", "train.micro_batch_size", "train.save_every"):
+    for key in (
+        "generation.batch_size",
+        "raft.frozen",
+        "raft.keep_models",
+        "train.micro_batch_size",
+        "train.save_every",
+    ):
         assert key in known
         assert key.startswith(MAY_DIFFER)
     assert "raft.num_iterations" in known

@@ -30,6 +30,7 @@ from rlhf_cli.models.load import enable_gradient_checkpointing, load_policy, rea
 from rlhf_cli.models.lora import add_lora, lora_targets, plain_model, save_adapter
 from rlhf_cli.models.memory import estimate_memory
 from rlhf_cli.models.reward import (
+    ScoreScale,
     _check_reads_last_token,
     enable_scores,
     label_names,
@@ -37,6 +38,8 @@ from rlhf_cli.models.reward import (
     load_reward_model,
     new_reward_model,
     reward_config,
+    score_scale,
+    set_score_scale,
 )
 from rlhf_cli.models.save import save_model
 from rlhf_cli.models.trainable import apply_trainable, count_parameters, find_blocks
@@ -488,3 +491,13 @@ def test_memory_is_counted_without_a_vocabulary_head(arch: str, labels: list[str
     vocab = plain.vocab_size
     assert policy.total_params - estimate(LoraConfig()).total_params == 32 * (vocab - len(labels or [None]))
     assert policy.activations == estimate(LoraConfig()).activations
+
+
+def test_the_scale_of_scores_is_set_anew_each_time() -> None:
+    config = tiny_config("llama")
+    set_score_scale(config, ScoreScale(0.5, -3.0))
+    assert score_scale(config) == score_scale(type(config)(**config.to_dict())) == (0.5, -3.0), (
+        "as config.json keeps it"
+    )
+    set_score_scale(config, ScoreScale())
+    assert score_scale(config) == (1.0, 0.0)

@@ -97,6 +97,8 @@ def _compose(
 def _set_by(choices: dict[str, str], problems: list[Problem]) -> set[str]:
     """The keys that these groups' files set: chosen on the command line, they win over the recipe's values."""
     known = {group: option for group, option in choices.items() if not any(p.key == group for p in problems)}
+    if not known:
+        return set()
     defaults = [*({group: option} for group, option in known.items()), "_self_"]
     ConfigStore.instance().store(name="_choices_", node={"defaults": defaults})
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):

@@ -18,11 +18,11 @@ from rlhf_cli.files import write_text
 from rlhf_cli.rundir import has_iterations, read_manifest
 from rlhf_cli.schema import flatten
 
-# What may differ between the first start and the next, because it does not change the result (DESIGN section 3).
+# What may differ between the first start and the next, because it does not change the result.
 MAY_DIFFER = (
     "run_dir", "resume", "launch.", "logging.", "deepspeed.", "train.micro_batch_size", "train.save_every",
     "train.keep_checkpoints", "data.cache_dir", "generation.batch_size", "generation.refill", "ppo.frozen",
-    "raft.frozen", "ppo.ptx.data.cache_dir",
+    "raft.frozen", "raft.keep_models", "ppo.ptx.data.cache_dir",
 )  # fmt: skip
 MAY_GROW = ("train.max_steps", "train.epochs", "ppo.num_iterations", "raft.num_iterations")
 # What flock(2) says on file systems without it: Lustre mounted without -o flock, some of NFS and FUSE.

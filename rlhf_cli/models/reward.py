@@ -110,6 +110,7 @@ def score_scale(config: PretrainedConfig) -> ScoreScale:
 
 def set_score_scale(config: PretrainedConfig, scale: ScoreScale) -> None:
     """Bring a model's scores onto a scale, instead of the one that they are on."""
+    vars(config).pop(SCALE, None)
     if scale != ScoreScale():
         setattr(config, SCALE, list(scale))
 
